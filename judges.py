@@ -1,0 +1,631 @@
+"""What the metrics cannot see: does a picture show what its prompt said, is it of use, was it copied?
+
+faithfulness   a small classifier of the grammar's attributes, trained on real pictures, looks at generated ones.
+usefulness     GAN-train and GAN-test (Shmelkov et al. 2018, arXiv:1807.09536, Sec. 3): the same classifier trained on
+               generated pictures and tested on real ones, and the reverse.
+memorisation   the nearest training picture of each generated one, beside those of held-out real pictures; authenticity
+               (Alaa et al. 2022, arXiv:2102.08921).
+
+    python judges.py prompts --out prompts.csv
+    python sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv --out out/faithfulness
+    python judges.py faithfulness --real data/phantom --fake out/faithfulness
+    python judges.py usefulness --real data/phantom --fake out/pictures
+    python judges.py memorisation --train data/phantom --held-out data/phantom-test --fake out/pictures
+"""
+
+import argparse
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import trange
+
+import data
+import prompts
+import weights
+from weights import BadInput, run_command
+
+# What is judged. Of a "one" exactly one value holds in a picture, of a "set" any number do.
+ATTRIBUTES = {
+    "polyp": ("one", ("no polyps", "a polyp")),
+    "count": ("one", ("0", "1", "2", "3", "more")),
+    "place": ("set", prompts.CELLS),
+    "size": ("set", prompts.SIZES),
+    "instruments": ("one", ("none", "some")),
+    "box": ("one", ("without", "with")),
+    "text": ("one", ("without", "with")),
+    "colour": ("set", prompts.COLORS),
+    "paris": ("set", prompts.PARIS),
+    "procedure": ("one", ("colonoscopy", "gastroscopy")),
+}
+VALUES = [(attribute, value) for attribute, (_, values) in ATTRIBUTES.items() for value in values]
+COLUMN = {pair: i for i, pair in enumerate(VALUES)}
+SLICE = {a: slice(COLUMN[a, values[0]], COLUMN[a, values[-1]] + 1) for a, (_, values) in ATTRIBUTES.items()}
+UNKNOWN = -1
+MIN_EXAMPLES = 5        # training pictures below which a value is not judged
+
+SUMMARY = {             # rows of the short table: which values each pools
+    "no polyps": [("polyp", "no polyps")],
+    "a polyp": [("polyp", "a polyp")],
+    "exactly 1, 2, 3 polyps": [("count", v) for v in "123"],
+    "a polyp in the cell asked for": [("place", v) for v in prompts.CELLS],
+    "size class": [("size", v) for v in prompts.SIZES],
+    "with / without instruments": [("instruments", "none"), ("instruments", "some")],
+    "with / without the box": [("box", "without"), ("box", "with")],
+    "with / without text": [("text", "without"), ("text", "with")],
+    "colours": [("colour", v) for v in prompts.COLORS],
+    "paris type": [("paris", v) for v in prompts.PARIS],
+    "procedure": [("procedure", "colonoscopy"), ("procedure", "gastroscopy")],
+}
+
+
+# ---------------------------------------------------------------- labels
+
+def merge(parsed: list[dict]) -> dict:
+    """The attributes that several prompts of one picture speak of, together; lists are united."""
+    out = {}
+    for attributes in parsed:
+        for key, value in attributes.items():
+            out[key] = list(dict.fromkeys([*out.get(key, []), *value])) if isinstance(value, list) else value
+    return out
+
+
+def from_drawing(line: dict) -> dict:
+    """A line of attributes.jsonl (DESIGN.md 5) as attributes that speak of everything."""
+    polyps = line["polyps"]
+    return {"procedure": line["procedure"], "box": line["box"], "text": line["text"],
+            "n_polyps": len(polyps), "n_findings": len(polyps), "n_instruments": len(line["instruments"]),
+            "abnormality_cells": [c for p in polyps for c in p["cells"]],
+            "colors": [c for p in polyps for c in p["colors"]],
+            "sizes": [p["size"] for p in polyps], "paris": [p["paris"] for p in polyps]}
+
+
+def truth_row(attributes: dict) -> list[int]:
+    """1, 0 or UNKNOWN for each of VALUES: what a real picture with these attributes shows.
+
+    A prompt that names places, sizes, colours or types names all of them, so the others are absent.
+    """
+    a = dict(attributes)
+    if a.get("n_findings") == 0:
+        a = {"n_polyps": 0, "abnormality_cells": [], "colors": []} | a
+    if a.get("n_polyps") == 0:
+        a = {"sizes": [], "paris": []} | a
+    n_polyps = a.get("n_polyps")
+    polyp = a["n_polyps"] > 0 if "n_polyps" in a else None
+    if "polyp" in a.get("contains", ()) or a.get("sizes") or a.get("paris"):
+        polyp = True
+    some = a["n_instruments"] > 0 if "n_instruments" in a else True if a.get("instrument_cells") else None
+    row = [UNKNOWN] * len(VALUES)
+
+    def one(attribute, index):
+        if index is not None:
+            span = SLICE[attribute]
+            row[span] = [int(i == index) for i in range(span.stop - span.start)]
+
+    def several(attribute, names):
+        if names is not None:
+            row[SLICE[attribute]] = [int(v in names) for v in ATTRIBUTES[attribute][1]]
+
+    one("polyp", polyp)
+    one("count", None if n_polyps is None else min(n_polyps, 4))
+    one("instruments", some)
+    one("box", a.get("box"))
+    one("text", a.get("text"))
+    one("procedure", {"colonoscopy": 0, "gastroscopy": 1}.get(a.get("procedure")))
+    several("place", a.get("abnormality_cells"))
+    several("size", a.get("sizes"))
+    several("colour", a.get("colors"))
+    several("paris", a.get("paris"))
+    return row
+
+
+def asked(attributes: dict) -> list[tuple]:
+    """The values that a prompt asks for in so many words: "2 polyps" asks for a count, not for presence too."""
+    a = attributes
+    out = [("place", c) for c in a.get("abnormality_cells", ())] + [("size", s) for s in a.get("sizes", ())]
+    out += [("colour", c) for c in a.get("colors", ())] + [("paris", p) for p in a.get("paris", ())]
+    if a.get("n_polyps") == 0:
+        out.append(("polyp", "no polyps"))
+    elif "n_polyps" in a:
+        out.append(("count", str(a["n_polyps"]) if a["n_polyps"] < 4 else "more"))
+    if "polyp" in a.get("contains", ()):
+        out.append(("polyp", "a polyp"))
+    if "n_instruments" in a:
+        out.append(("instruments", "some" if a["n_instruments"] else "none"))
+    out += [(key, "with" if a[key] else "without") for key in ("box", "text") if key in a]
+    out += [("procedure", a["procedure"])] if "procedure" in a else []
+    return [pair for pair in out if pair in COLUMN]
+
+
+def truth(records, folder) -> torch.Tensor:
+    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from attributes.jsonl where the folder has one, else from the prompts."""
+    drawn = read_drawings(folder)
+    if drawn is not None:
+        missing = [r.name for r in records if r.name not in drawn]
+        if missing:
+            raise BadInput(f"{folder}/attributes.jsonl: no line for {missing[0]}")
+        rows = [truth_row(from_drawing(drawn[r.name])) for r in records]
+    else:
+        rows = [truth_row(merge([prompts.parse(p) for p in r.prompts])) for r in records]
+    return torch.tensor(rows, dtype=torch.int8)
+
+
+def read_drawings(folder):
+    """{file name: line} of attributes.jsonl, or None where there is no such file."""
+    path = Path(folder) / "attributes.jsonl"
+    if not path.is_file():
+        return None
+    drawn = {}
+    for i, text in enumerate(data.read_text(path).splitlines(), 1):
+        try:
+            line = json.loads(text)
+            from_drawing(line)
+            drawn[line["file_name"]] = line
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}, line {i}: expected a picture's attributes ({error!r})") from None
+    return drawn
+
+
+# ---------------------------------------------------------------- the classifier
+
+class Residual(nn.Module):
+    def __init__(self, ch):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(ch, ch, 3, padding=1, bias=False), nn.BatchNorm2d(ch), nn.ReLU(),
+                                  nn.Conv2d(ch, ch, 3, padding=1, bias=False), nn.BatchNorm2d(ch))
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+def conv(c_in, c_out, stride=1):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """Logits of VALUES from uint8 pictures (b, 3, size, size); the 256 features before them describe a picture."""
+
+    def __init__(self, size=64, ch=32):
+        super().__init__()
+        n_halvings = max(0, round(math.log2(size / 32)))                # from size / 2 down to 16 x 16
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2), conv(12, ch), *(conv(ch, ch, stride=2) for _ in range(n_halvings - 1)),
+            conv(ch, 2 * ch, stride=2 if n_halvings else 1), Residual(2 * ch), Residual(2 * ch),
+            conv(2 * ch, 4 * ch, stride=2), Residual(4 * ch))
+        self.where = nn.Conv2d(4 * ch, ch, 1)
+        self.features = nn.Sequential(nn.Linear(72 * ch, 256), nn.BatchNorm1d(256), nn.ReLU())
+        self.out = nn.Linear(256, len(VALUES))
+
+    def embed(self, img):
+        x = (img.float() - 128) / 64
+        x = self.body(x.contiguous(memory_format=torch.channels_last))
+        flat = F.adaptive_avg_pool2d(self.where(x), 8).flatten(1)       # what is where: 8 x 8 places
+        return self.features(torch.cat([flat, x.mean((2, 3)), x.amax((2, 3))], dim=1))
+
+    def forward(self, img):
+        return self.out(self.embed(img))
+
+
+def augment(images, generator):
+    """Small changes that keep every label true: light, a pixel's shift, and blur and noise as of generated pictures."""
+    b = len(images)
+    x = data.augment(images, generator, amount=0.1).float()
+    dx, dy = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    x = torch.roll(x, (dx, dy), dims=(2, 3))
+    blur, noise = torch.rand(2, b, 1, 1, 1, generator=generator)
+    x = torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False), 0.7 * blur)
+    return x + 6 * noise * torch.randn(x.shape, generator=generator)
+
+
+def loss_fn(logits, truth):
+    """Cross-entropy over each "one", binary cross-entropy over each "set"; what is unknown does not count."""
+    loss = 0
+    for attribute, (kind, _) in ATTRIBUTES.items():
+        y, target = logits[:, SLICE[attribute]], truth[:, SLICE[attribute]]
+        known = target[:, 0] != UNKNOWN
+        if known.any():
+            y, target = y[known], target[known].float()
+            loss = loss + (F.cross_entropy(y, target) if kind == "one" else
+                           F.binary_cross_entropy_with_logits(y, target, reduction="none").sum(1).mean())
+    return loss
+
+
+def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, device="cpu"):
+    """A Classifier of uint8 images (n, 3, size, size) with labels (n, len(VALUES)): AdamW, one cycle of the rate."""
+    if len(images) < 2:
+        raise BadInput(f"expected at least 2 pictures to train a classifier on, got {len(images)}")
+    if (labels == UNKNOWN).all():
+        raise BadInput(f"nothing to train on: no prompt speaks of what can be judged ({', '.join(ATTRIBUTES)})")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(images.shape[-1])
+    net = net.to(device, memory_format=torch.channels_last).train()
+    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.15)
+    order = torch.empty(0, dtype=torch.long)
+    bar = trange(steps, desc="classifier", delay=2, leave=False)
+    for step in bar:
+        if len(order) < 2:                                              # BatchNorm needs two
+            order = torch.randperm(len(images), generator=generator)
+        batch, order = order[:batch_size], order[batch_size:]
+        loss = loss_fn(net(augment(images[batch], generator).to(device)), labels[batch].to(device))
+        loss.backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return net.eval()
+
+
+@torch.inference_mode()
+def predict(net, images, batch_size=128):
+    """(n, len(VALUES)) bool: the most likely value of each "one", the likelier than not of each "set"."""
+    device = net.out.weight.device
+    logits = torch.cat([net(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
+    shown = logits > 0
+    for attribute, (kind, _) in ATTRIBUTES.items():
+        if kind == "one":
+            y = logits[:, SLICE[attribute]]
+            shown[:, SLICE[attribute]] = F.one_hot(y.argmax(1), y.shape[1]).bool()
+    return shown
+
+
+def classifier_of(folder, records, images, labels, args):
+    """The classifier of these pictures: out of its file if it was trained on just these, else trained."""
+    file = args.classifier or beside(folder, args.size)
+    drawings = Path(folder) / "attributes.jsonl"
+    drawn = weights.file_hash(drawings) if drawings.is_file() else ""
+    made_of = {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES],
+               "key": weights.text_hash(data.fingerprint(records), drawn, args.size, args.steps, args.seed)}
+    if Path(file).is_file():
+        metadata = weights.load_metadata(file)
+        if metadata.get("kind") != "judge":
+            raise BadInput(f"{file}: expected a classifier that judges.py wrote, got kind {metadata.get('kind')!r}")
+        if metadata == made_of:
+            net = weights.load_state(Classifier(args.size), weights.load_safetensors(file)[0], file)
+            print(f"classifier: read from {file}")
+            return net.to(args.device, memory_format=torch.channels_last).eval()
+    began = time.perf_counter()
+    net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
+    weights.save_safetensors(file, net.state_dict(), made_of)
+    print(f"classifier: {args.steps} steps on {len(images)} pictures of {folder}, "
+          f"{time.perf_counter() - began:.0f} s; in {file}")
+    return net
+
+
+def beside(folder, size):
+    """Where the classifier of a folder is kept: a file beside it."""
+    folder = Path(folder).resolve()
+    return folder.with_name(f"{folder.name}.judge-{size}.safetensors")
+
+
+# ---------------------------------------------------------------- counting
+
+def wilson(successes, n, z=1.959964):
+    """95 % interval of a share (Wilson 1927): stays inside [0, 1] and is honest for small n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = successes / n, z * z / n
+    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
+
+
+def share(hits, among):
+    """Column-wise share of hits among the True of a mask; nan where the mask is empty."""
+    n = among.sum(0)
+    return torch.where(n > 0, (hits & among).sum(0) / n, float("nan"))
+
+
+def report(shown, wanted, truth_real, shown_held_out, truth_held_out):
+    """Rows of the two tables, one for each of VALUES and one for each line of SUMMARY, and values too rare to judge.
+
+    shown, wanted (n, values) bool: what the classifier sees in generated pictures, what their prompts asked for.
+    """
+    known = truth_held_out != UNKNOWN
+    accuracy = share(shown_held_out == (truth_held_out == 1), known)
+    seen = share(shown_held_out, truth_held_out == 1)
+    chance = share(truth_real == 1, truth_real != UNKNOWN)
+    n, hits = wanted.sum(0), (shown & wanted).sum(0)
+    enough = (truth_real == 1).sum(0) >= MIN_EXAMPLES
+
+    def row(name, columns, judged):
+        weight = n[columns] / n[columns].sum()                          # the mix that was asked for
+        n_all, n_hits = int(n[columns].sum()), int(hits[columns].sum())
+        low, high = wilson(n_hits, n_all)
+        return {"asked for": name, "n": n_all, "share": n_hits / n_all, "low": low, "high": high,
+                "seen": float((seen[columns] * weight).sum()), "accuracy": float(judged),
+                "chance": float((chance[columns] * weight).sum())}
+
+    rows = [{"attribute": attribute} | row(value, [i], accuracy[i])
+            for i, (attribute, value) in enumerate(VALUES) if n[i] and enough[i]]
+    summary = []
+    for name, pairs in SUMMARY.items():
+        columns = [COLUMN[p] for p in pairs if n[COLUMN[p]] and enough[COLUMN[p]]]
+        if columns:
+            judged = accuracy[columns].nanmean()
+            if pairs[0][0] == "count":                                  # the whole count must be right
+                counts = SLICE["count"]
+                judged = share((shown_held_out[:, counts] & (truth_held_out[:, counts] == 1)).any(1),
+                               known[:, counts].all(1))
+            summary.append(row(name, columns, judged))
+    return rows, summary, [f"{a} {v}" for i, (a, v) in enumerate(VALUES) if n[i] and not enough[i]]
+
+
+def print_table(rows, columns):
+    """columns: {heading: key of a row, or function of a row -> text}; text is flush left, numbers flush right."""
+    def cell(row, column):
+        value = column(row) if callable(column) else row[column]
+        return ("-" if math.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value)
+
+    lines = [list(columns), *([cell(row, c) for c in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    left = [isinstance(c, str) and isinstance(rows[0][c], str) for c in columns.values()]
+    for line in [lines[0], ["-" * w for w in widths], *lines[1:]]:
+        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
+        print("  ".join(padded).rstrip())
+
+
+def interval(row):
+    return f"{row['low']:.2f}-{row['high']:.2f}"
+
+
+def real_pictures(folder, held_out, size):
+    """(records, images, labels) of the pictures to train on and of those held out: 10 % unless a folder is given."""
+    train = data.read_folder(folder)
+    train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
+    return labelled(train, folder, size), labelled(rest, held_out or folder, size)
+
+
+def labelled(records, folder, size):
+    images, records = data.load_images(records, size)
+    return records, images, truth(records, folder)
+
+
+# ---------------------------------------------------------------- faithfulness
+
+def faithfulness(args):
+    """Per value: how many of the pictures whose prompt asks for it show it."""
+    fake_images, fake = data.load_images(data.read_folder(args.fake), args.size)
+    wanted = torch.zeros(len(fake), len(VALUES), dtype=torch.bool)
+    for i, record in enumerate(fake):
+        for pair in asked(merge([prompts.parse(p) for p in record.prompts])):
+            wanted[i, COLUMN[pair]] = True
+    if not wanted.any():
+        raise BadInput(f"{args.fake}: no prompt asks for anything that is judged ({', '.join(ATTRIBUTES)}); "
+                       f"the first is {fake[0].prompts[0]!r}")
+    real = real_pictures(args.real, args.held_out, args.size)
+    (train, images, labels), (held_out, held_out_images, held_out_labels) = real
+    net = classifier_of(args.real, train, images, labels, args)
+    rows, summary, rare = report(predict(net, fake_images), wanted, labels,
+                                 predict(net, held_out_images), held_out_labels)
+    protocol = {"real": str(args.real), "fake": str(args.fake), "held_out": str(args.held_out or "10 % of real"),
+                "n_train": len(train), "n_held_out": len(held_out), "n_fake": len(fake),
+                "n_fake_unjudged": int((~wanted.any(1)).sum()), "size": args.size, "steps": args.steps,
+                "seed": args.seed}
+    print(f"{len(fake)} generated pictures of {args.fake}, "
+          f"{protocol['n_fake_unjudged']} with prompts that ask for nothing judged\n"
+          f"{len(train)} real pictures of {args.real} to train on, {len(held_out)} held out; "
+          f"{args.size} px, seed {args.seed}\n")
+    columns = {"asked for": "asked for", "n": "n", "share": "share", "95 % interval": interval, "seen in real": "seen",
+               "accuracy": "accuracy", "chance": "chance"}
+    if rows:
+        print_table(rows, {"attribute": "attribute"} | columns)
+        print()
+        print_table(summary, columns)
+        print("\nshare: of the n pictures whose prompt asks for it, those that show it, with Wilson's interval.\n"
+              "seen in real: the same of held-out real pictures that do show it: what perfect pictures would score.\n"
+              "accuracy: of all held-out real pictures, those that the classifier judges rightly.\n"
+              "chance: of the real pictures, those that show it: what pictures that ignore their prompts would score.")
+    if rare:
+        print(f"not judged, fewer than {MIN_EXAMPLES} real pictures show it: {', '.join(rare)}")
+    if args.json:
+        weights.write_json(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
+
+
+def evaluation_prompts(colors):
+    """One prompt for each value of the faithfulness table."""
+    wanted = [{"n_polyps": 0}, {"contains": ["polyp"]}, *({"n_polyps": n} for n in (1, 2, 3)),
+              *({"abnormality_cells": [c]} for c in prompts.CELLS), *({"sizes": [s]} for s in prompts.SIZES),
+              {"n_instruments": 0}, {"n_instruments": 1}, {"box": True}, {"box": False}, {"text": True},
+              {"text": False},
+              *({"colors": [c]} for c in colors)]
+    return [prompts.write(a) for a in wanted]
+
+
+def write_prompts(args):
+    lines = [p for p in evaluation_prompts(args.colors) for _ in range(args.per_value)]
+    with weights.replacing(args.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([["Prompt"], *([p] for p in lines)])
+    print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
+
+
+# ---------------------------------------------------------------- usefulness
+
+def usefulness(args):
+    """One classifier learns from real pictures, one from as many generated ones; each is tested on the other kind."""
+    (train, images, labels), (held_out, test_images, test_labels) = real_pictures(args.real, args.held_out, args.size)
+    fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
+    n = min(len(train), len(fake))
+    generator = torch.Generator().manual_seed(args.seed)
+    a, b = (torch.randperm(len(x), generator=generator)[:n] for x in (train, fake))
+    on_real = train_classifier(images[a], labels[a], args.steps, args.seed, device=args.device)
+    on_fake = train_classifier(fake_images[b], fake_labels[b], args.steps, args.seed, device=args.device)
+    rows = balanced_rows({"real to real": (predict(on_real, test_images), test_labels),
+                          "GAN-train": (predict(on_fake, test_images), test_labels),
+                          "GAN-test": (predict(on_real, fake_images), fake_labels)})
+    if not rows:
+        raise BadInput(f"{args.fake}: its prompts name no attribute that {args.real} knows, both present and absent")
+    print(f"trained on {n} pictures each of {args.real} and of {args.fake}; "
+          f"tested on {len(held_out)} held-out real and {len(fake)} generated; "
+          f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
+    print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})
+    print("\nBalanced accuracy, mean over the attribute's values: the share judged rightly of the pictures with a value and\n"
+          "of those without, averaged; 0.5 is chance. GAN-train: trained on generated pictures, tested on real ones;\n"
+          "GAN-test: the reverse. Of a generated picture only what its prompts say is known.")
+    if args.json:
+        weights.write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n,
+                                       "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
+                                       "steps": args.steps, "seed": args.seed, "attributes": rows})
+
+
+def balanced_rows(tests):
+    """{name: (shown, labels)} -> a row an attribute: its balanced accuracy in each, over values that all can test."""
+    scores = {}
+    for name, (shown, labels) in tests.items():
+        scores[name] = (share(shown, labels == 1) + share(~shown, labels == 0)) / 2
+    testable = ~torch.stack(list(scores.values())).isnan().any(0)
+    rows = []
+    for attribute, span in SLICE.items():
+        use = testable[span]
+        if use.any():
+            rows.append({"attribute": attribute, "n_values": int(use.sum())}
+                        | {name: float(score[span][use].mean()) for name, score in scores.items()})
+    return rows
+
+
+# ---------------------------------------------------------------- memorisation
+
+def memorisation(args):
+    """How close generated pictures come to training pictures, beside pictures that nobody can have copied."""
+    (train, images, labels), (held_out, held_out_images, _) = real_pictures(args.train, args.held_out, args.size)
+    fake_images, fake = data.load_images(data.read_folder(args.fake), args.size)
+    if len(held_out) < 20:
+        raise BadInput(f"{args.held_out or args.train}: expected at least 20 held-out pictures, got {len(held_out)}")
+    generator = torch.Generator().manual_seed(args.seed)
+    some = torch.randperm(len(train), generator=generator)[:200]
+    copies = augment(images[some], generator).round().clamp(0, 255).byte()
+    if args.weights:
+        from metrics import Inception
+        net = Inception(None if args.weights == "published" else args.weights).to(args.device).eval()
+        named, embed = f"Inception, 2,048 features, weights {net.source[:12]}", lambda img: net(img)["2048"]
+    else:
+        net = classifier_of(args.train, train, images, labels, args)
+        named, embed = "the 256 features of the attribute classifier of --train", net.embed
+    known = features(embed, images, args.device)
+    distance = {"generated": nearest(features(embed, fake_images, args.device), known),
+                "held-out real": nearest(features(embed, held_out_images, args.device), known),
+                "altered copies": nearest(features(embed, copies, args.device), known)}
+    radius, _ = nearest(known, known, skip_self=True)
+    threshold = distance["held-out real"][0].quantile(0.01)
+    if threshold == 0:
+        raise BadInput(f"{args.held_out}: expected other pictures than in --train, 1 % and more of them are the same")
+    rows = []
+    for name, (d, i) in distance.items():
+        close = int((d < threshold).sum())
+        low, high = wilson(close, len(d))
+        rows.append({"pictures": name, "n": len(d), "share": close / len(d), "low": low, "high": high,
+                     "median": float(d.median()), "authentic": float((d > radius[i]).float().mean())})
+    flagged = rows[0]["low"] > rows[1]["high"]
+    print(f"{len(train)} training pictures of {args.train}, {args.size} px; features: {named}\n")
+    print_table(rows, {"pictures": "pictures", "n": "n", "closer than 1 %": "share", "95 % interval": interval,
+                       "median distance": "median", "authentic": "authentic"})
+    print("\ncloser than 1 %: nearer to a training picture than all but 1 % of held-out ones, "
+          f"that is below {threshold:.4g}.\n"
+          "authentic: farther from its nearest training picture than that one is from its own nearest.\n"
+          "altered copies: training pictures with other light, blur, noise and a pixel's shift; how copies score.")
+    print("\nverdict: " + ("COPIES: more generated pictures lie that close than held-out ones can explain" if flagged
+                           else "no sign of copying: no more generated pictures lie that close than held-out ones may"))
+    d, i = distance["generated"]
+    order = d.argsort()[:args.pairs].tolist()
+    pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j])} for j in order]
+    sheet = args.sheet or Path(args.fake) / "closest.png"
+    draw_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["distance"] for p in pairs])
+    print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
+    if args.json:
+        weights.write_json(args.json, {"train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
+                                       "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
+                                       "threshold": float(threshold), "flagged": flagged, "rows": rows, "pairs": pairs})
+
+
+@torch.inference_mode()
+def features(embed, images, device, batch_size=64):
+    """(n, d) float32 features of uint8 images."""
+    starts = trange(0, len(images), batch_size, desc="features", delay=2, leave=False)
+    return torch.cat([embed(images[i:i + batch_size].to(device)).float().cpu() for i in starts])
+
+
+def nearest(a, b, skip_self=False, chunk=1024):
+    """(distance, index) of the row of b nearest to each row of a; skip_self: a is b, and no row its own neighbour."""
+    index = []
+    square = (b * b).sum(1)
+    for i in range(0, len(a), chunk):
+        d = square - 2 * a[i:i + chunk] @ b.T                           # less |a|^2, which changes no order
+        if skip_self:
+            d[range(len(d)), range(i, i + len(d))] = torch.inf
+        index.append(d.argmin(1))
+    index = torch.cat(index)
+    return (a - b[index]).norm(dim=1), index                            # afresh: the sum above rounds small distances
+
+
+def draw_pairs(path, pairs, distances, side=128, columns=4, gap=6, line=14):
+    """Pairs of uint8 pictures beside each other, closest first, the distance below each."""
+    rows = -(-len(pairs) // columns)
+    sheet = Image.new("RGB", (columns * (2 * side + gap) + gap, rows * (side + line + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (pair, distance) in enumerate(zip(pairs, distances, strict=True)):
+        x, y = gap + k % columns * (2 * side + gap), gap + k // columns * (side + line + gap)
+        for j, img in enumerate(pair):
+            sheet.paste(Image.fromarray(img.permute(1, 2, 0).numpy()).resize((side, side)), (x + j * side, y))
+        pen.text((x, y + side + 1), f"{distance:.4g}", fill="black")
+    with weights.replacing(path) as tmp:
+        sheet.save(tmp)
+
+
+# ---------------------------------------------------------------- command line
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function, name, summary):
+        p = commands.add_parser(name, help=summary, description=summary,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(function=function)
+        return p
+
+    def pictures(p, real, what):
+        p.add_argument(real, type=Path, required=True, help=what)
+        p.add_argument("--fake", type=Path, required=True, help="generated pictures, as sampler.py wrote them")
+        p.add_argument("--held-out", type=Path, help=f"data folder of other real pictures; without it 10 %% of {real}")
+        p.add_argument("--size", type=int, default=64, help="side of the pictures as the classifier sees them, pixels")
+        p.add_argument("--steps", type=int, default=1000, help="optimiser steps of the classifier, 64 pictures each")
+        p.add_argument("--seed", type=int, default=0, help="seed of the classifier's training")
+        p.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        p.add_argument("--json", type=Path, help="file for every number of the tables")
+
+    p = command(faithfulness, "faithfulness", "how often generated pictures show what their prompts said")
+    pictures(p, "--real", "data folder that the classifier learns from, of another seed than the model's")
+    p.add_argument("--classifier", type=Path, help="file of the trained classifier; without it one beside --real")
+    p = command(usefulness, "usefulness", "what a classifier of generated pictures knows of real ones, and the reverse")
+    pictures(p, "--real", "data folder of real pictures")
+    p = command(memorisation, "memorisation", "whether generated pictures are copies of training pictures")
+    pictures(p, "--train", "data folder that the model was trained on")
+    p.add_argument("--classifier", type=Path, help="file of the trained classifier; without it one beside --train")
+    p.add_argument("--weights", help='compare Inception features instead: file of weights, or "published"')
+    p.add_argument("--sheet", type=Path, help="picture of the closest pairs; without it closest.png in --fake")
+    p.add_argument("--pairs", type=int, default=24, help="how many of the closest pairs to show")
+    p = command(write_prompts, "prompts", "the evaluation prompts of the faithfulness table, as a csv for sampler.py")
+    p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
+    p.add_argument("--per-value", type=int, default=20, help="prompts for each value asked for")
+    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"], metavar="COLOR",
+                   help="colours to ask for: those of the phantom")
+    args = parser.parse_args(argv)
+    if "device" in args:
+        args.device = weights.best_device(args.device)
+        if args.size % 16 or args.size < 32:
+            raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
+        if args.steps < 1:
+            raise BadInput(f"--steps: expected at least 1, got {args.steps}")
+    args.function(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

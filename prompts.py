@@ -1,0 +1,402 @@
+"""The grammar of the task's prompts: parse(text) -> attributes, write(attributes) -> text, paraphrase(text, n, seed).
+
+ImageCLEFmed MEDVQA-GI 2024 asks for images in sentences such as "Generate an image with 2 polyps.". Attributes are a
+dict that holds only what a prompt speaks of:
+
+    contains                               names: "polyp", "oesophagitis", "tube", ... (NAMES, others as they stand)
+    n_findings, n_instruments, n_polyps    int; "no polyps" is 0
+    box, text                              bool; box is the green/black box artefact
+    colors, sizes, paris                   lists; colors of an abnormality, sizes and Paris types of polyps
+    procedure                              "colonoscopy" or "gastroscopy"
+    abnormality_cells, instrument_cells, landmark_cells    lists of names of the 3x3 grid (CELLS)
+
+parse reads word by word, not by template, so paraphrases are understood as well. It claims too little rather than too
+much: what a sentence leaves open ("no polyps and text", "one or two polyps", "no polyp in the center") is not claimed.
+Lists keep the order of the text, so that write(parse(prompt)) is the prompt again.
+"""
+
+import random
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from itertools import groupby
+
+CELLS = ("upper-left", "upper-center", "upper-right", "center-left", "center", "center-right",
+         "lower-left", "lower-center", "lower-right")
+SIZES = ("< 5mm", "5-10mm", "11-20mm", ">20mm")
+PARIS = ("is", "ip", "iia")
+COLORS = ("pink", "red", "white", "yellow", "grey", "orange", "brown", "black", "blue", "purple", "green", "violet",
+          "burgundy")  # the most frequent first
+CELL_ORDER = ("center", "upper-left", "upper-right", "lower-left", "lower-right", "center-left", "center-right",
+              "upper-center", "lower-center")  # in which the data list the cells of abnormalities and instruments
+
+NAMES = {  # what a picture can contain: its kind, and how it is spelled; "polyp snare" is looked for before "polyp"
+    "polyp snare": ("instrument", r"(?:polyp )?snares?"),
+    "biopsy forceps": ("instrument", r"(?:biopsy )?forceps"),
+    "metal clip": ("instrument", r"metal(?:lic)? clips?"),
+    "injection needle": ("instrument", r"(?:injection )?needles?"),
+    "tube": ("instrument", r"tubes?"),
+    "polyp": ("abnormality", r"polyps?"),
+    "ulcerative colitis": ("abnormality", r"(?:ulcerative )?colitis"),
+    "oesophagitis": ("abnormality", r"o?esophagitis"),
+    "barretts": ("abnormality", r"barrett'?s?(?: o?esophagus)?"),
+    "z-line": ("landmark", r"z[- ]?line"),
+    "cecum": ("landmark", r"ca?ecum"),
+    "ileum": ("landmark", r"ileum"),
+    "pylorus": ("landmark", r"pylorus"),
+}
+KIND = {name: kind for name, (kind, _) in NAMES.items()} | {
+    "finding": "abnormality", "abnormality": "abnormality", "instrument": "instrument", "landmark": "landmark",
+    "text": "text", "box": "box", "colonoscopy": "procedure", "gastroscopy": "procedure"}
+ARTICLES = {"polyp": "a ", "z-line": "the ", "cecum": "the ", "ileum": "the ", "pylorus": "the "}
+COUNTED = {"finding": "n_findings", "instrument": "n_instruments", "polyp": "n_polyps"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+           "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
+
+
+# Writing: the data's own sentences, typos and all.
+
+def _and(words, last=" and "):
+    return last.join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
+
+
+def _count(noun):
+    return lambda n: f"Generate an image with {n or 'no'} {noun}{'' if n == 1 else 's'}."
+
+
+def _whether(thing):
+    return lambda yes: f"Generate an image {'' if yes else 'not '}containing {thing}."
+
+
+def _place(noun):
+    return lambda cells: f"Generate an image with an an {noun} located in the {_and(cells)}."
+
+
+def _polyps(values):
+    return "a polyp" if len(values) == 1 else "polyps"
+
+
+SENTENCES = {  # in the order in which the data speak of an image
+    "contains": lambda names: f"Generate an image containing {ARTICLES.get(names[0], '')}{'and'.join(names)}.",
+    "n_findings": _count("finding"),
+    "n_instruments": _count("instrument"),
+    "n_polyps": _count("polyp"),
+    "box": _whether("a green/black box artefact"),
+    "text": _whether("text"),
+    "colors": lambda c: f"Generate an image with an abnormality with the color{'s' * (len(c) > 1)} {_and(c)}.",
+    "sizes": lambda sizes: f"Generate an image with {_polyps(sizes)} of size {_and(sizes)}.",
+    "paris": lambda types: f"Generate {_polyps(types)} of type {_and([f'paris {t}' for t in types])}.",
+    "procedure": lambda name: f"Generate an image from a {name} procedure.",
+    "abnormality_cells": _place("abnormality"),
+    "instrument_cells": _place("instrument"),
+    "landmark_cells": lambda cells: _place("anatomical landmark")(cells).replace("lower-right", "lower-rigth"),
+}
+
+
+def write(attributes: dict) -> str:
+    """The canonical prompt: one sentence per idea, joined by spaces. Lists are written in the order given."""
+    return " ".join(SENTENCES[key](value) for key, value in _ideas(attributes))
+
+
+def _ideas(attributes):
+    """(key, value) per sentence. Neighbours of one kind in `contains` share a sentence, as in "polyp snareandtube"."""
+    if unknown := attributes.keys() - SENTENCES.keys():
+        raise ValueError(f"expected attributes among {', '.join(SENTENCES)}, got {', '.join(sorted(unknown))}")
+    for key in SENTENCES:
+        value = attributes.get(key, [])
+        if key == "contains":
+            yield from ((key, list(names)) for _, names in groupby(value, key=lambda name: KIND.get(name, name)))
+        elif value != []:
+            yield key, value
+
+
+# Reading: words become tokens, details go to their nouns, negations set what is true of a noun, nouns give attributes.
+
+SPELLING = [(re.compile(pattern), better) for pattern, better in (
+    (r"[\u2010-\u2015\u2212]", "-"), (r"\u2019", "'"), (r"n't\b", " not"), (r"\bcannot\b", "can not"),
+    (r"rigth", "right"), (r"\b(?:centre|middle|central)\b", "center"), (r"\btop\b", "upper"), (r"\bbottom\b", "lower"),
+    (r"\bgray\b", "grey"), (r"\bcolors? ink\b", "color pink"), (r"\b(red|pink|grey|brown|yellow)d?ish\b", r"\1"),
+    (r" ?millimet(?:er|re)s?\b", "mm"), (r"-free\b", " free"),
+    (rf"(?<=[a-z])and(?={'|'.join(pattern for _, pattern in NAMES.values())})", " and "),  # "snareandtube"
+)]
+SENTENCE_END = re.compile(r"[;!?]|(?<!\d)\.|\.(?!\d)|(?<!not )(?<!to )\b(?=generate\b)")
+
+_N = rf"(?:\d{{1,3}}|{'|'.join(NUMBERS[1:])})"
+_LESS, _MORE = r"(?:<=?|under|below|(?:less|smaller) than)", r"(?:>=?|over|above|(?:more|larger|bigger|greater) than)"
+_MM = r"(?: ?mm|(?=,? (?:and|or)|, ))"  # the unit may wait: "5-10 and 11-20mm"
+_TYPE = r"paris[ -](?:(?:class(?:ification)?|types?|category) )*(?:is (?=(?:0-)?i))?(?:0-)?"
+_SHOW = "|".join(rf"{verb}(?:e|es|s|ing)?" for verb in (
+    "show", "contain", "includ", "depict", "display", "reveal", "featur"))
+
+LEXICON = [  # kind, value (None: the text itself), pattern; where several match at one place, the first wins
+    ("noun", "box", r"(?:green|black)(?: ?(?:/|-|and/or|and|or)? ?(?:black|green))? box(?:es)?(?: overlay)?"),
+    ("noun", "box", r"box(?= art[ei]facts?)"),
+    ("size", "< 5mm", rf"{_LESS} ?5 ?mm"),
+    ("size", "5-10mm", rf"between 5(?: ?mm)? and 10 ?mm|5(?: ?mm)? ?(?:-|to) ?10{_MM}"),
+    ("size", "11-20mm", rf"between 11(?: ?mm)? and 20 ?mm|11(?: ?mm)? ?(?:-|to) ?20{_MM}"),
+    ("size", ">20mm", rf"{_MORE} ?20 ?mm"),
+    ("size", "", rf"(?:{_LESS}|{_MORE}|up to|at (?:least|most)|about) ?\d+(?:\.\d+)? ?[mc]m|\d+(?:\.\d+)? ?cm"),
+    ("size", None, r"\d+(?:\.\d+)? ?mm"),
+    ("paris", "iia", rf"(?:{_TYPE}|0-)?iia"),
+    ("paris", "ip", rf"(?:{_TYPE}|0-)?ip"),
+    ("paris", "is", rf"(?:{_TYPE}|0-|(?<=i[pa] and )|(?<=i[pa], ))is"),  # any other "is" is a verb
+    *(("cell", cell, rf"{a}[- ]?{b}|{b}[- ]?{a}") for cell in CELLS if "-" in cell for a, b in [cell.split("-")]),
+    ("cell", "center", r"center"),
+    *(("noun", name, pattern) for name, (_, pattern) in NAMES.items()),
+    ("noun", "finding", r"findings?"),
+    ("noun", "abnormality", r"abnormalit(?:y|ies)|lesions?|anomal(?:y|ies)|abnormal (?:area|region|spot|tissue)s?"),
+    ("noun", "instrument", r"(?:instrument|tool|device)s?"),
+    ("noun", "landmark", r"landmarks?"),
+    ("noun", "text", r"text(?:s|ual)?(?: (?:overlay|annotation|label|element)s?)?|lettering|captions?|annotations?"),
+    ("noun", "colonoscopy", r"colonoscop(?:y|ic|ies)"),
+    ("noun", "gastroscopy", r"gastroscop(?:y|ic|ies)"),
+    ("open", "", rf"(?:(?:no )?(?:more|fewer|less) than|at (?:least|most)|up to|over|about|around|roughly) {_N}"),
+    ("open", "", r"couple of|possibl[ey]|maybe|perhaps|might|may|either|suspected|if|whether"),
+    ("word", None, r"not only"),
+    ("not", "", r"no(?= ?(?:,|$))"),  # "text: no"
+    ("no", "", r"no|without|neither|never|lack(?:s|ing)?(?: of)?|absence of|devoid of|free (?:of|from)"),
+    ("no", "", r"exclud(?:e|es|ing)|omit(?:s|ting)?|avoid(?:s|ing)?|leav(?:e|es|ing) out"),
+    ("not", "", r"(?:(?:is|are|was|were|does|do|did|can|should|must) )?not"),
+    ("not", "", r"(?:(?:is|are) )?(?:absent|missing|nowhere|free|none|zero|0)"),
+    ("yes", "", rf"{_SHOW}|with|ha(?:s|ve|ving)|see|there (?:is|are)|but|however|while|whereas|yet"),
+    ("or", "", r"and/or|or|nor"),
+    ("and", "", r"and|as well as|plus"),
+    ("scene", "", r"(?:image|picture|photo|frame|view|still|scene)s?"),
+    ("count", None, rf"(?<!-)(?:{_N}|single|sole|solitary|pair of)(?! (?:of|can|could|should)\b|[-:%])"),
+    ("color", None, rf"(?:{'|'.join(COLORS)})(?! (?:frame|border|background|light|corner|mucosa))"),
+    ("filler", "", r"an?|the|any|some|colou?red|sized?"),
+    ("word", None, r"[\w'-]+"),
+]
+LEXER = re.compile(rf"(?<![\w.])(?:{'|'.join(f'({pattern})' for _, _, pattern in LEXICON)})(?!\w)|([,&/+])")
+LEXICON.append(("and", "", "the last group above"))
+DETAILS = ("cell", "color", "size", "paris", "count")
+
+
+@dataclass
+class Token:
+    kind: str
+    value: object
+    truth: bool | None = True  # of a noun: said to be there, denied, or left open
+    details: list = field(default_factory=list)  # of a noun: the tokens that qualify it
+
+
+def parse(text: str) -> dict:
+    """The attributes a prompt speaks of; of several sentences the union, without numbers that contradict each other."""
+    text, found, contradicted = unicodedata.normalize("NFKC", " ".join(text.lower().split())), {}, set()
+    for pattern, better in SPELLING:
+        text = pattern.sub(better, text)
+    for sentence in SENTENCE_END.split(text):
+        for key, value in _claims(sentence):
+            if key in ("contains", "colors", "sizes", "paris") or key.endswith("_cells"):
+                found.setdefault(key, {})[value] = True
+            elif found.setdefault(key, value) != value:
+                contradicted.add(key)
+    return {key: list(found[key]) if isinstance(found[key], dict) else found[key]
+            for key in SENTENCES if key in found and key not in contradicted}
+
+
+def _claims(sentence):
+    """(key, value) for all that a sentence says; the entries of a list one by one."""
+    tokens = [token for match in LEXER.finditer(sentence) if (token := _token(match)).kind != "filler"]
+    _attach(tokens)
+    _judge(tokens)
+    for noun in (t for t in tokens if t.kind == "noun"):
+        name, kind = noun.value, KIND[noun.value]
+        details = {of: [d.value for d in noun.details if d.kind == of] for of in DETAILS}
+        if noun.truth is False and not noun.details:  # "no polyp in the center" does not deny every polyp
+            if name in COUNTED:
+                yield COUNTED[name], 0
+            elif kind in ("text", "box"):
+                yield kind, False
+        elif noun.truth:
+            if kind in ("text", "box"):
+                yield kind, True
+            elif kind == "procedure":
+                yield kind, name
+            elif name in COUNTED and any(details["count"]):
+                yield from ((COUNTED[name], n) for n in details["count"] if n)
+            elif name in NAMES and not details["size"] + details["paris"]:
+                yield "contains", name
+            if kind in ("abnormality", "instrument", "landmark"):
+                yield from ((f"{kind}_cells", cell) for cell in details["cell"] if cell)
+            if kind == "abnormality":
+                for key, of in (("colors", "color"), ("sizes", "size"), ("paris", "paris")):
+                    yield from ((key, value) for value in details[of] if value)
+    other = re.fullmatch(r"generate an image containing ([^,]+?) *", sentence)
+    if other and all(t.kind == "word" for t in tokens[3:]):
+        yield "contains", other[1]
+
+
+def _token(match):
+    kind, value, _ = LEXICON[match.lastindex - 1]
+    value = match[0] if value is None else value
+    if kind == "count":
+        value = {"single": 1, "sole": 1, "solitary": 1, "pair of": 2}.get(value, value)
+        value = int(value) if str(value).isdigit() else NUMBERS.index(value)
+    elif kind == "size" and value and value not in SIZES:
+        mm = float(value.removesuffix("mm"))
+        value = SIZES[(mm >= 5) + (mm >= 11) + (mm > 20)]
+    return Token(kind, value)
+
+
+def _attach(tokens):
+    """Give every place, color, size, type and number to the noun that it qualifies."""
+    either = {tokens[i - 1].kind for i, t in enumerate(tokens) if t.kind == "or" and i}
+    for i, t in enumerate(tokens):
+        if t.kind in DETAILS and (noun := _owner(tokens, i)):
+            noun.details.append(t)
+            if t.kind in either or i and tokens[i - 1].kind in ("no", "not"):
+                t.value = None  # "red or white", "not red": it still qualifies the polyp, but says nothing
+
+
+def _owner(tokens, i):
+    """A noun right behind ("upper-left polyp"), else the last one before, else the first one after. A number also looks
+    ahead across words ("two large polyps"), but back only across words of counting ("polyp count: 2")."""
+    number, j = tokens[i].kind == "count", i + 1
+    while j < len(tokens) and (tokens[j].kind in (*DETAILS, "word" if number else "") or _joins_details(tokens, j)):
+        j += 1
+    if j < len(tokens) and tokens[j].kind == "noun":
+        return tokens[j]
+    before, after = ([t for t in part if t.kind == "noun" and KIND[t.value] != "procedure"]
+                     for part in (tokens[:i], tokens[i:]))
+    if number:
+        said = [t for t in tokens[:i] if t.value not in ("count", "number", "total", "is", "are", "of")]
+        return said[-1] if said and said[-1] in before else None
+    return (before[-1:] or after[:1] or [None])[0]
+
+
+def _joins_details(tokens, i):
+    """Is this the "and" or "or" between two details of a kind, as in "red and white polyps"?"""
+    around = {t.kind for t in tokens[i - 1:i + 2:2]}
+    return tokens[i].kind in ("and", "or") and 0 < i < len(tokens) - 1 and len(around) == 1 and around <= set(DETAILS)
+
+
+def _judge(tokens):
+    """Set the truth of every noun. A negation in front holds over "or"; over "and" or a comma is left open."""
+    truth, met, linked = True, True, False  # of the next noun; is the last negation's noun behind us; does a list go on
+    for i, t in enumerate(tokens):
+        if t.kind == "noun":
+            if met and not (truth or linked):  # "no text in this colonoscopy"
+                truth = True if KIND[t.value] == "procedure" else None
+            t.truth, met = truth, True
+        elif t.kind == "not" and (denied := _denied(tokens, i)):
+            for noun in denied[1:]:
+                noun.truth = None  # "polyps and instruments are absent"
+            denied[0].truth = False if denied[0].truth and denied[0] is tokens[i - 1] else None
+        elif t.kind in ("no", "not"):
+            truth, met = (False if truth or met else None), False
+        elif t.kind == "open":
+            truth, met = None, False
+        elif t.kind == "count" and not truth:
+            truth = met or None  # "no polyps, 2 instruments"
+        elif t.kind == "yes" and met:
+            truth = True
+        elif t.kind == "and" and met and truth is False:
+            truth = None
+        elif t.kind == "or" and truth and not _joins_details(tokens, i):
+            for noun in [x for x in tokens[:i] if x.kind == "noun"][-1:]:
+                noun.truth = None  # "a polyp or a tube"
+            truth, met = None, False
+        linked = t.kind in ("and", "or") or linked and t.kind != "noun"
+
+
+def _denied(tokens, i):
+    """The nouns in front of a "not" that belongs to them ("text is not visible"), the nearest first."""
+    ahead = [t.kind for t in tokens[i + 1:i + 3]]
+    if "noun" in ahead and ahead[0] != "and":  # "a polyp not containing text"
+        return []
+    while i and tokens[i - 1].kind in ("word", "scene", *DETAILS):
+        i -= 1
+    nouns = []
+    while i and tokens[i - 1].kind == "noun" and not (nouns and tokens[i - 1].details):
+        nouns.append(tokens[i - 1])
+        i -= 2 if i > 1 and tokens[i - 2].kind in ("and", "or") else i
+    return nouns
+
+
+# Paraphrasing: frames and synonyms. A {word} stands for one of WORDS; {it} is what the sentence is about.
+
+SHOWN = ("{make} {image} {with} {it}.", "{make} {image} {with} {it}.", "{image} {with} {it}.", "{this} {shows} {it}.",
+         "There {be} {it} in {this}.", "{it} {be} {seen}.", "{it} {be} {seen} in {this}.",
+         "In {this}, {it} {be} {seen}.")
+HIDDEN = ("{make} {image} {without} {it}.", "{make} {image} {without} {it}.", "{image} {without} {it}.",
+          "{this} {lacks} {it}.", "There {be} no {it} in {this}.", "No {it} {be} {seen}.",
+          "No {it} {be} {seen} in {this}.")
+PROCEDURE = ("{make} {image} {from} a {it}{exam}.", "{make} {image} {from} a {it}{exam}.", "{make} a {it} {view}.",
+             "{image} {from} a {it}{exam}.", "{this} comes from a {it}{exam}.", "A {view} {from} a {it}{exam}.")
+WORDS = {word: choices.split(" | ") for word, choices in {
+    "make": "Generate | Create | Produce | Render | Draw | Synthesize | Make | Please generate | I need | Give me",
+    "image": "an image | a picture | a realistic image | an endoscopic image | a frame | a clinical image"
+             " | a video frame | an endoscopic view | a photo from an endoscopy | an endoscopy picture",
+    "this": "the image | the picture | this endoscopic view | the frame | this image | the scene",
+    "with": "with | showing | containing | that shows | that contains | depicting | displaying | that has",
+    "shows": "shows | contains | depicts | displays | features | has | should show | should contain",
+    "seen": "visible | present | shown | seen | in view",
+    "without": "without any | with no | free of any | not containing any | not showing any | that shows no",
+    "lacks": "lacks any | does not contain any | does not show any | contains no | shows no | should not contain any",
+    "from": "from | taken during | captured during | recorded in | acquired during | of",
+    "exam": " |  procedure |  examination |  exam",
+    "view": "image | picture | frame | view | photo | still",
+    "in": "located in | in | situated in | lying in | found in | positioned in | which is located in",
+    "abnormality": "an abnormality | a lesion | an abnormal area | an anomaly | an abnormal region",
+    "instrument": "an instrument | a medical instrument | an endoscopic instrument | a tool | a device",
+    "landmark": "an anatomical landmark | a landmark | an anatomic landmark | one of the anatomical landmarks",
+    "colored": "colored | in | in shades of | that appears | with tones of | with a color of",
+    "size": "of size | sized | measuring | with a size of | with a diameter of | in the size class",
+    "< 5mm": "< 5mm | less than 5 mm | under 5mm | smaller than 5 mm | below 5mm",
+    "5-10mm": "5-10mm | 5 to 10 mm | 5-10 mm | between 5 and 10 mm",
+    "11-20mm": "11-20mm | 11 to 20 mm | 11-20 mm | between 11 and 20 mm",
+    ">20mm": ">20mm | more than 20 mm | over 20mm | larger than 20 mm | greater than 20mm",
+    "type": "of | classified as | categorized as | graded as | described as",
+    "one": "1 | one | a single | exactly one | just one | only one",
+    "findings": "findings | endoscopic findings | separate findings | distinct findings",
+    "instruments": "instruments | medical instruments | endoscopic instruments | tools | endoscopic tools",
+    "polyps": "polyps | mucosal polyps | separate polyps | distinct polyps",
+    "box": "green/black box artefact | green/black box | green and black box | black/green box artifact",
+    "text": "text | text overlay | written text | lettering | overlaid text | burnt-in text | text annotation",
+}.items()}
+
+
+def paraphrase(text: str, n: int, seed: int) -> list[str]:
+    """n distinct prompts with the attributes of text, the same for the same seed; fewer where the frames give no more.
+    A text outside the grammar comes back alone."""
+    attributes, rng, out = parse(text), random.Random(f"{seed} {text}"), {}
+    for _ in range(50 + 20 * n if attributes else 0):
+        if len(out) == n:
+            break
+        candidate = " ".join(_rephrase(key, value, rng) for key, value in _ideas(attributes))
+        if candidate != text and candidate not in out and parse(candidate) == attributes:
+            out[candidate] = True
+    return list(out) or [text][:n]
+
+
+def _rephrase(key, value, rng):
+    """One idea in other words."""
+    frames, many = SHOWN, False
+    if key == "procedure":
+        frames, it = PROCEDURE, value
+    elif key in ("text", "box"):
+        frames, it = (SHOWN if value else HIDDEN), ("a {box}" if key == "box" and value else f"{{{key}}}")
+    elif key.startswith("n_"):
+        frames, it, many = (SHOWN if value else HIDDEN), rng.choice(WORDS[key[2:]]), value != 1
+        number = rng.choice((str(value), NUMBERS[value] if value < len(NUMBERS) else f"exactly {value}"))
+        it = it if value == 0 else f"{number} {it}" if many else f"{{one}} {it.removesuffix('s')}"
+    elif key == "contains":
+        it = _and([ARTICLES.get(name, "") + name for name in value], rng.choice((" and ", " as well as ")))
+        many = len(value) > 1
+    elif key == "colors":
+        it = f"{{abnormality}} {{colored}} {_and(value)}"
+    elif key == "sizes":
+        it, many = f"{_polyps(value)} {{size}} {_and([f'{{{size}}}' for size in value])}", len(value) > 1
+    elif key == "paris":
+        types = _and([{"is": "Is", "ip": "Ip", "iia": "IIa"}[t] for t in value])
+        it, many = f"{_polyps(value)} {{type}} Paris type{'s' * (len(value) > 1)} {types}", len(value) > 1
+    else:
+        cells = _and(value, rng.choice((" and ", ", and ") if len(value) > 2 else (" and ",)))
+        for word, other in rng.choice(((), (("-", " "),), (("upper", "top"), ("lower", "bottom")))):
+            cells = cells.replace(word, other)
+        it = f"{{{key.removesuffix('_cells')}}} {{in}} the {cells}"
+    slots, sentence = {"it": it, "be": "are" if many else "is"}, rng.choice(frames)
+    while "{" in sentence:
+        sentence = re.sub(r"\{(.+?)\}", lambda m: slots.get(m[1]) or rng.choice(WORDS[m[1]]), sentence)
+    return sentence[0].upper() + sentence[1:]

@@ -1,0 +1,538 @@
+"""data.py: what is read from a folder is what stands in it, every odd picture opens, bad input is one clear line."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+import data
+import prompts as grammar
+from data import BadInput, Record
+
+KVASIR = Path(__file__).resolve().parents[2] / "shared" / "data" / "kvasir-seg"
+real_data = pytest.mark.skipif(not KVASIR.is_dir(), reason=f"no real pictures at {KVASIR}")
+ROWS = [("Generate an image containing a polyp.", "a"), ("Generate an image with 2 polyps.", "b.png"),
+        ("Generate an image with an an abnormality located in the upper-left, center and lower-rigth.", "a.jpg")]
+
+
+def picture(seed=0, w=48, h=32):
+    """Smooth coloured noise."""
+    x = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(x).resize((w, h), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images a.jpg, b.png, c.jpg and no captions."""
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(("a.jpg", "b.png", "c.jpg")):
+        picture(i).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def write(path, header, rows, delimiter, start="", end="\n", encoding="utf-8"):
+    cells = [header, *rows]
+    quoted = [delimiter.join(f'"{c}"' if delimiter in c else c for c in row) for row in cells]
+    path.write_bytes((start + end.join(quoted) + end).encode(encoding))
+    return path
+
+
+# ---- captions ----
+
+@pytest.mark.parametrize("delimiter", [";", ","])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("header", [("Prompt", "Filename"), ("text", "file_name"), ("caption", "image")])
+def test_every_dialect_of_csv_reads_the_same(folder, delimiter, start, end, header):
+    write(folder / "prompt-gt.csv", header, ROWS, delimiter, start, end)
+    records = data.read_folder(folder)
+    assert [r.name for r in records] == ["a.jpg", "b.png"]                 # order of first appearance, c has no prompt
+    assert records[0].prompts == [ROWS[0][0], ROWS[2][0]] and records[1].prompts == [ROWS[1][0]]
+    assert records[0].path == folder / "images" / "a.jpg"
+
+
+def test_columns_may_stand_in_any_order_and_a_paraphrase_is_one_more_prompt(folder):
+    rows = [("a.jpg", "one", "another one"), ("b", "two", "")]
+    write(folder / "prompt-gt.csv", ("Filename", "Prompt", "Paraphrase"), rows, ",")
+    assert [r.prompts for r in data.read_folder(folder)] == [["one", "another one"], ["two"]]
+
+
+def test_which_captions_file_is_read(folder):
+    write(folder / "other.csv", ("Prompt", "Filename"), [("other", "a")], ",")
+    assert data.read_folder(folder)[0].prompts == ["other"]
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.jpg", "text": "metadata"}) + "\n\n")
+    assert data.read_folder(folder)[0].prompts == ["metadata"]
+    data.write_captions(folder, [("gt; quoted", "a.jpg")])
+    assert data.read_folder(folder)[0].prompts == ["gt; quoted"]
+    assert data.read_folder(folder, folder / "other.csv")[0].prompts == ["other"]
+
+
+def test_written_captions_read_back(folder):
+    rows = [('with "quotes"; and, both', "a.jpg"), ("größer", "b.png")]
+    data.write_captions(folder, rows)
+    assert (folder / "prompt-gt.csv").read_text(encoding="utf-8").startswith("Prompt;Filename\n")
+    assert [(p, r.name) for r in data.read_folder(folder) for p in r.prompts] == rows
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Prompt;Filename\nok;a\n ;b\n", "row 3: the prompt is empty"),
+    ("Prompt;Filename\nok;a\nok;nowhere.jpg\n", "row 3: no image 'nowhere.jpg'"),
+    ("Prompt;Seed\nok;a\n", "row 1: expected a column filename or file_name or image"),
+    ("Filename,Size\na,3\n", "row 1: expected a column prompt or text or caption"),
+    ("Prompt,Filename\nupper-left, center,a\n", "row 2: expected 2 fields, got 3"),
+    ("Prompt;Filename\nok\n", "row 2: expected 2 fields, got 1"),
+    ("Prompt;Filename\n", "no rows"),
+    ("", "row 1: expected a column"),
+    ("Prompt;Filename\n\xff;a\n".encode("latin-1"), "not UTF-8"),
+    ("Prompt;Filename\nok;a\n".encode("utf-16"), "not UTF-8"),
+])
+def test_bad_csv_is_one_line_with_file_and_row(folder, text, expected):
+    path = folder / "prompt-gt.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadInput) as error:
+        data.read_folder(folder)
+    assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a"}', '{"text": "x"}', '{"file_name": 3, "text": "x"}'])
+def test_bad_jsonl_names_the_row(folder, line):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a", "text": "x"}\n' + line + "\n")
+    with pytest.raises(BadInput, match="metadata.jsonl, row 2"):
+        data.read_folder(folder)
+
+
+def test_missing_folders_and_files(folder, tmp_path):
+    with pytest.raises(BadInput, match="nowhere: no such folder"):
+        data.read_folder(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="expected prompt-gt.csv, metadata.jsonl or one .csv, found none"):
+        data.read_folder(folder)
+    with pytest.raises(BadInput, match="no such captions file"):
+        data.read_folder(folder, tmp_path / "x.csv")
+    with pytest.raises(BadInput, match="no folder images/"):
+        data.read_folder(folder / "images")
+    for name in ("x.csv", "y.csv"):
+        write(folder / name, ("Prompt", "Filename"), ROWS, ";")
+    with pytest.raises(BadInput, match="x.csv, y.csv"):
+        data.read_folder(folder)
+    picture().save(folder / "images" / "a.png")
+    with pytest.raises(BadInput, match="'a' may be any of a.jpg, a.png"):
+        data.read_folder(folder, folder / "x.csv")
+
+
+# ---- pixels ----
+
+def colours(img):
+    """Left half and right half, away from the border between them."""
+    x = np.asarray(img).astype(int)
+    return x[4, 4].tolist(), x[-5, -5].tolist()
+
+
+def halves(mode, left, right, w=32, h=16):
+    img = Image.new(mode, (w, h), left)
+    img.paste(right, (w // 2, 0, w, h))
+    return img
+
+
+@pytest.mark.parametrize("name, img, left, right", [
+    ("grey.png", halves("L", 40, 200), [40] * 3, [200] * 3),
+    ("one_bit.png", halves("1", 0, 1), [0] * 3, [255] * 3),
+    ("rgba.png", halves("RGBA", (200, 100, 40, 255), (200, 100, 40, 0)), [200, 100, 40], [0, 0, 0]),
+    ("half_transparent.png", halves("RGBA", (200, 100, 40, 128), (0, 0, 0, 255)), [100, 50, 20], [0, 0, 0]),
+    ("grey_alpha.png", halves("LA", (90, 255), (90, 0)), [90] * 3, [0] * 3),
+    ("palette.png", halves("RGB", (250, 0, 0), (0, 0, 250)).quantize(4), [250, 0, 0], [0, 0, 250]),
+    ("cmyk.jpg", halves("RGB", (255, 255, 255), (0, 0, 0)).convert("CMYK"), [255] * 3, [0] * 3),
+    ("16_bit.png", Image.fromarray(np.repeat(np.array([[0x4000, 0xFFFF]], np.uint16), 16, 1).repeat(16, 0)),
+     [63] * 3, [255] * 3),
+])
+def test_every_mode_opens_as_rgb(tmp_path, name, img, left, right):
+    img.save(tmp_path / name, quality=100) if name.endswith("jpg") else img.save(tmp_path / name)
+    opened = data.open_image(tmp_path / name)
+    assert opened.mode == "RGB"
+    np.testing.assert_allclose(colours(opened), (left, right), atol=2)
+
+
+def test_a_palette_colour_may_be_transparent(tmp_path):
+    halves("RGB", (250, 0, 0), (0, 0, 250)).quantize(2).save(tmp_path / "p.png", transparency=0)
+    first, second = colours(data.open_image(tmp_path / "p.png"))
+    assert [0, 0, 0] in (first, second) and first != second
+
+
+@pytest.mark.parametrize("orientation, turned", [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270),
+                                                 (8, Image.Transpose.ROTATE_90)])
+def test_exif_rotation_is_applied(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "r.png", exif=exif)
+    np.testing.assert_array_equal(data.open_image(tmp_path / "r.png"), picture().transpose(turned))
+
+
+def broken_files(folder):
+    picture(1, 300, 300).save(folder / "whole.jpg")
+    picture(1, 300, 300).save(folder / "whole.png")
+    for suffix in ("jpg", "png"):
+        content = (folder / f"whole.{suffix}").read_bytes()
+        (folder / f"truncated.{suffix}").write_bytes(content[:len(content) // 2])
+    (folder / "zero.jpg").touch()
+    (folder / "text.png").write_text("not a picture")
+    return [folder / name for name in ("truncated.jpg", "truncated.png", "zero.jpg", "text.png", "absent.png")]
+
+
+def test_broken_files_are_named(tmp_path):
+    for path in broken_files(tmp_path):
+        with pytest.raises(BadInput) as error:
+            data.open_image(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_padding_keeps_the_whole_picture_centred_on_black():
+    x = data.preprocess(Image.new("RGB", (60, 30), (200, 100, 50)), 20)
+    assert x.shape == (20, 20, 3) and x.dtype == np.uint8
+    assert (x[:4] == 0).all() and (x[-4:] == 0).all() and (x[7:13] == (200, 100, 50)).all()
+
+
+def test_a_square_of_the_right_size_is_untouched():
+    np.testing.assert_array_equal(data.preprocess(picture(0, 32, 32), 32), picture(0, 32, 32))
+
+
+def test_resizing_antialiases():
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (512, 256))).convert("RGB")
+    assert np.ptp(data.preprocess(stripes, 32)[4:-4, 4:-4].astype(int)) <= 2      # the mean grey, no moire
+
+
+def test_crops_are_squares_of_the_short_side():
+    img = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (30, 1))).convert("RGB")
+    np.testing.assert_array_equal(data.preprocess(img, 30, "center")[0, :, 0], np.arange(30, 60))
+    starts = {int(data.preprocess(img, 30, "random", np.random.default_rng(s))[0, 0, 0]) for s in range(200)}
+    assert min(starts) < 5 and max(starts) > 55 and max(starts) <= 60
+    with pytest.raises(ValueError, match="expected crop"):
+        data.preprocess(img, 30, "squash")
+
+
+def many(folder, n, bad=0):
+    records = []
+    for i in range(n):
+        path = folder / f"{i}.png"
+        path.touch() if i < bad else picture(i).save(path)
+        records.append(Record(path, path.name, [f"prompt {i}"]))
+    return records
+
+
+def test_images_come_in_order(tmp_path):
+    records = many(tmp_path, 7)
+    images, kept = data.load_images(records, 16, workers=3)
+    assert images.dtype == torch.uint8 and images.shape == (7, 3, 16, 16) and kept == records
+    for i in range(7):
+        np.testing.assert_array_equal(images[i].permute(1, 2, 0), data.preprocess(picture(i), 16))
+
+
+def test_a_few_unreadable_images_are_named_and_skipped(tmp_path, capsys):
+    records = many(tmp_path, 40, bad=2)
+    images, kept = data.load_images(records, 8)
+    err = capsys.readouterr().err
+    assert len(images) == 38 and kept == records[2:] and "2 unreadable images of 40" in err
+    assert str(records[0].path) in err and str(records[1].path) in err
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0), data.preprocess(picture(2), 8))
+    with pytest.raises(BadInput, match="0.png"):
+        data.load_images(records, 8, on_bad="raise")
+
+
+def test_many_unreadable_images_stop_the_run(tmp_path):
+    with pytest.raises(BadInput, match="3 of 40 images cannot be read"):
+        data.load_images(many(tmp_path, 40, bad=3), 8)
+
+
+# ---- training ----
+
+names = st.lists(st.text("abcdef", min_size=1, max_size=5), min_size=2, max_size=60, unique=True)
+
+
+@given(names, st.integers(0, 5), st.sampled_from([0.1, 0.25, 0.5]), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_split_goes_by_name_and_seed(names, seed, fraction, random):
+    records = [Record(Path(n), n, []) for n in names]
+    train, val = data.split(records, fraction, seed, groups=[])
+    assert len(val) == max(1, round(fraction * len(records))) and len(train) + len(val) == len(records)
+    shuffled = random.sample(records, len(records))
+    assert {r.name for r in data.split(shuffled, fraction, seed, groups=[])[1]} == {r.name for r in val}
+
+
+def test_seeds_split_differently_and_fraction_zero_keeps_all():
+    records = [Record(Path(str(i)), str(i), []) for i in range(100)]
+    assert data.split(records, seed=0, groups=[])[1] != data.split(records, seed=1, groups=[])[1]
+    assert data.split(records, 0, groups=[]) == (records, [])
+    assert data.split([], groups=[]) == ([], [])
+    with pytest.raises(BadInput, match="fraction"):
+        data.split(records, 1.0)
+
+
+def test_a_group_shares_a_side():
+    records = [Record(Path(str(i)), str(i), []) for i in range(60)]
+    groups = [list(range(i, 60, 12)) for i in range(12)]
+    for seed in range(20):
+        train, val = data.split(records, 0.1, seed, groups)
+        assert train and val
+        for group in groups:
+            assert len({records[i] in val for i in group}) == 1
+
+
+def test_near_duplicates_are_found_and_kept_together(tmp_path):
+    records = many(tmp_path, 30)
+    noise = np.random.default_rng(0).normal(0, 4, (32, 48, 3))
+    again = np.asarray(picture(3)) * 0.9 + noise                     # darker, noisy, recompressed, another size
+    Image.fromarray(again.clip(0, 255).astype(np.uint8)).resize((96, 64)).save(tmp_path / "again.jpg", quality=80)
+    records.append(Record(tmp_path / "again.jpg", "again.jpg", []))
+    assert data.near_duplicates(records) == [[3, 30]]
+    for seed in range(15):
+        train, _ = data.split(records, 0.3, seed)
+        assert (records[3] in train) == (records[30] in train)
+
+
+def test_flat_and_unreadable_pictures_are_nobodys_duplicates(tmp_path):
+    records = many(tmp_path, 4, bad=2)
+    for i in (4, 5):
+        Image.new("RGB", (20, 20), (90, 30, 30)).save(tmp_path / f"{i}.png")
+        records.append(Record(tmp_path / f"{i}.png", f"{i}.png", []))
+    assert data.near_duplicates(records) == [] and data.near_duplicates([]) == []
+
+
+@pytest.mark.parametrize("as_float", [False, True])
+def test_augment_is_torchvisions_colour_jitter(as_float):
+    images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    brightness, contrast = 0.6 + 0.8 * torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
+    x = images / 127.5 - 1 if as_float else images
+    out = data.augment(x, torch.Generator().manual_seed(1))
+    assert out.dtype == x.dtype and len({round(f, 4) for f in (*brightness.tolist(), *contrast.tolist())}) == 10
+    for i in range(5):
+        want = tv.adjust_contrast(tv.adjust_brightness(images[i] / 255, brightness[i]), contrast[i])
+        got = (out[i] + 1) / 2 if as_float else out[i] / 255
+        torch.testing.assert_close(got, want, atol=1e-5 if as_float else 0.5 / 255 + 1e-5, rtol=0)
+
+
+def test_augment_of_nothing_changes_nothing():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(data.augment(images, torch.Generator(), amount=0.0), images)
+
+
+def test_context_is_dropped_per_sample():
+    prompts = [str(i) for i in range(2000)]
+    out = data.drop_context(prompts, 0.2, torch.Generator().manual_seed(0))
+    assert all(o in ("", p) for o, p in zip(out, prompts, strict=True)) and 340 < out.count("") < 460
+    assert out == data.drop_context(prompts, 0.2, torch.Generator().manual_seed(0))
+    assert data.drop_context(prompts, 0.0, torch.Generator()) == prompts
+    assert data.drop_context(prompts, 1.0, torch.Generator()) == [""] * 2000
+
+
+def test_fingerprint_sees_names_sizes_and_prompts(folder):
+    data.write_captions(folder, ROWS[:2] + [("x", "c.jpg")])
+    first = data.fingerprint(data.read_folder(folder))
+    assert first == data.fingerprint(data.read_folder(folder))
+    picture(9, 90, 90).save(folder / "images" / "c.jpg")
+    second = data.fingerprint(data.read_folder(folder))
+    data.write_captions(folder, ROWS[:2] + [("y", "c.jpg")])
+    assert len({first, second, data.fingerprint(data.read_folder(folder))}) == 3
+
+
+def test_write_image_is_whole_or_absent(tmp_path):
+    pixels = np.asarray(picture())
+    data.write_image(tmp_path / "deep" / "x.png", pixels)
+    np.testing.assert_array_equal(data.open_image(tmp_path / "deep" / "x.png"), pixels)
+    with pytest.raises((TypeError, ValueError)):
+        data.write_image(tmp_path / "deep" / "y.png", np.zeros((3, 4, 5, 6, 7)))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+def test_a_grid_is_read_row_by_row(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
+    data.write_grid(tmp_path / "grid.png", images)
+    sheet = np.asarray(data.open_image(tmp_path / "grid.png")).transpose(2, 0, 1)
+    assert sheet.shape == (3, 4 + 2 + 4, 6 + 2 + 6 + 2 + 6)
+    np.testing.assert_array_equal(sheet[:, 6:, 8:14], images[4])
+    assert (sheet[:, 6:, 16:] == 255).all()
+    data.write_grid(tmp_path / "row.png", images, columns=5)
+    assert data.open_image(tmp_path / "row.png").size == (5 * 8 - 2, 4)
+
+
+# ---- Kvasir-SEG ----
+
+def disc(mask, x, y, r):
+    rows, columns = np.ogrid[:mask.shape[0], :mask.shape[1]]
+    mask[(columns - x) ** 2 + (rows - y) ** 2 <= r * r] = True
+
+
+def test_polyps_and_their_cells():
+    mask = np.zeros((300, 300), bool)
+    assert data.polyps_in(mask) == []
+    disc(mask, 50, 50, 30)
+    disc(mask, 200, 150, 40)                   # on the border between center and center-right
+    mask[290:294, 290:294] = True              # a speck: 0.02 % of the picture
+    assert data.polyps_in(mask) == [["upper-left"], ["center", "center-right"]]
+    mask[:] = True
+    assert data.polyps_in(mask) == [list(grammar.CELLS)]          # a ninth each: none reaches 20 %, all are the fullest
+
+
+def scene(box=None):
+    """A bright octagon on black with, where asked, a box in its lower left."""
+    x = np.zeros((300, 360, 3), np.uint8)
+    rows, columns = np.mgrid[:300, :360]
+    edge = np.minimum(np.minimum(rows, 299 - rows) + np.minimum(columns, 359 - columns) - 70, 1000)
+    x[(edge > 0) & (rows > 8) & (rows < 292)] = (190, 110, 90)
+    if box is not None:
+        x[200:, :120] = 0
+        x[215:285, 20:110] = box
+    return Image.fromarray(x)
+
+
+def test_box_is_seen_black_or_green_and_only_there():
+    assert not data.has_box(scene()) and data.has_box(scene((0, 0, 0))) and data.has_box(scene((40, 190, 160)))
+    assert not data.has_box(scene((0, 0, 0)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert not data.has_box(Image.new("RGB", (64, 64))) and not data.has_box(Image.new("RGB", (64, 64), (190, 110, 90)))
+
+
+def kvasir(folder):
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for name, discs, box in (("one", [(60, 60, 30)], None), ("two", [(60, 60, 30), (300, 150, 40)], (0, 0, 0)),
+                             ("none", [], None)):
+        mask = np.zeros((300, 360), bool)
+        for d in discs:
+            disc(mask, *d)
+        scene(box).save(folder / "images" / f"{name}.jpg")
+        Image.fromarray(mask).convert("RGB").save(folder / "masks" / f"{name}.jpg", quality=80)
+    return folder
+
+
+def test_kvasir_prompts_are_true_by_the_mask(tmp_path):
+    src, out = kvasir(tmp_path / "src"), tmp_path / "out"
+    assert data.main(["kvasir-seg", "--src", str(src), "--out", str(out)]) is None
+    records = {r.path.stem: [grammar.parse(p) for p in r.prompts] for r in data.read_folder(out)}
+    common = {"procedure": "colonoscopy"}
+    assert records["one"] == [{"contains": ["polyp"]}, {"n_polyps": 1}, {"n_findings": 1}, common, {"box": False},
+                              {"abnormality_cells": ["upper-left"]}]
+    assert records["two"] == [{"contains": ["polyp"]}, {"n_polyps": 2}, {"n_findings": 2}, common, {"box": True},
+                              {"abnormality_cells": ["upper-left", "center-right"]}]
+    assert records["none"] == [{"n_polyps": 0}, {"n_findings": 0}, common, {"box": False}]
+    for path in data.list_images(src):
+        assert (out / "images" / path.name).read_bytes() == path.read_bytes()
+    assert data.main(["check", "--data", str(out)]) == 0
+    before = (out / "prompt-gt.csv").read_bytes()
+    data.main(["kvasir-seg", "--src", str(src), "--out", str(out)])
+    assert (out / "prompt-gt.csv").read_bytes() == before
+
+
+def test_kvasir_refuses_before_it_writes(tmp_path):
+    src, out = kvasir(tmp_path / "src"), tmp_path / "out"
+    command = ["kvasir-seg", "--src", str(src), "--out", str(out)]
+    (src / "masks" / "one.jpg").rename(tmp_path / "mask")
+    with pytest.raises(BadInput, match="no mask for 1 of 3 images one.jpg"):
+        data.main(command)
+    Image.new("RGB", (5, 5)).save(src / "masks" / "one.jpg")
+    with pytest.raises(BadInput, match="expected the size of its picture"):
+        data.main(command)
+    (src / "masks" / "one.jpg").write_bytes(b"")
+    with pytest.raises(BadInput, match="one.jpg: the file is empty"):
+        data.main(command)
+    assert not out.exists()
+    with pytest.raises(BadInput, match="another folder"):
+        data.main([*command[:-1], str(src)])
+    (tmp_path / "mask").rename(src / "masks" / "one.jpg")
+    (out / "images").mkdir(parents=True)
+    picture().save(out / "images" / "stranger.png")
+    with pytest.raises(BadInput, match="1 images that are not from"):
+        data.main(command)
+    assert [p.name for p in out.rglob("*.*")] == ["stranger.png"]
+
+
+# ---- check and the command line ----
+
+def test_check_reports_everything_by_name(folder, capsys):
+    for i in range(20):
+        picture(50 + i).save(folder / "images" / f"n{i}.png")
+    (folder / "images" / "copy.png").write_bytes((folder / "images" / "b.png").read_bytes())
+    rows = [*ROWS, ("Draw me a sheep.", "copy.png"), *((ROWS[0][0], f"n{i}") for i in range(20))]
+    data.write_captions(folder, rows)
+    assert data.main(["check", "--data", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for line in ("23 images, 24 prompts, 4 distinct, 1 to 2 an image", "48x32 (23)", "b.png = copy.png",
+                 "b.png ~ copy.png", "1 images without a prompt\n    c.jpg", "1 x Draw me a sheep.", "usable"):
+        assert line in out
+    (folder / "images" / "n0.png").write_bytes(b"")
+    assert data.main(["check", "--data", str(folder)]) == 0                # 1 of 23 is still below 5 %
+    assert "1 unreadable images\n    " + str(folder / "images" / "n0.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, expected", [("x;lost.jpg", "1 rows without their image\n    row 5: lost.jpg"),
+                                           (" ;c", "1 rows with an empty prompt\n    row 5: c")])
+def test_check_says_what_makes_a_folder_unusable(folder, capsys, row, expected):
+    data.write_captions(folder, ROWS)
+    with open(folder / "prompt-gt.csv", "a") as f:
+        f.write(row + "\n")
+    assert data.main(["check", "--data", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert expected in out and "unusable: " in out
+
+
+def test_check_of_too_many_broken_images(folder, capsys):
+    broken = broken_files(folder / "images")[:-1]
+    data.write_captions(folder, [("x", p.name) for p in broken])
+    assert data.main(["check", "--data", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "4 unreadable images" in out and all(p.name in out for p in broken)
+
+
+@pytest.mark.parametrize("make, status, word", [(lambda f: None, 2, "error: "),
+                                                (lambda f: data.write_captions(f, [("x", "none.jpg")]), 1, ""),
+                                                (lambda f: data.write_captions(f, ROWS), 0, "")])
+def test_exit_status(folder, capsys, monkeypatch, make, status, word):
+    make(folder)
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", "--data", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(data.main)
+    assert (stop.value.code or 0) == status and capsys.readouterr().err.startswith(word)
+
+
+# ---- real pictures ----
+
+@real_data
+def test_the_near_duplicates_of_kvasir_are_found_and_no_others():
+    records = [Record(p, p.name, []) for p in data.list_images(KVASIR)]
+    pairs = [("cju30bmab08bi0835mvlr6e0r", "cju77k828z46w0871r0avuoo9"),
+             ("cju5fydrud94708507vo6oy21", "cju7avvi51iox0817ym55y6tt"),
+             ("cju76lsehyia10987u54vn8rb", "cju772304yw5t0818vbw8kkjf"),
+             ("cju886ryxnsl50801r93jai7q", "cju8amfdtqi4x09871tygrgqe")]
+    found = [tuple(records[i].path.stem for i in group) for group in data.near_duplicates(records)]
+    assert sorted(found) == pairs
+    train, val = data.split(records)
+    assert abs(len(val) - 85) <= 1 and len(train) + len(val) == 850
+
+
+@real_data
+@pytest.mark.parametrize("name, polyps, cells, box", [
+    ("cju414lf2l1lt0801rl3hjllj", 4, None, None),                          # four components
+    ("cju15jr8jz8sb0855ukmkswkz", 1, None, None),                          # one and a speck
+    ("cju16fpvhzypl0799p9phnlx6", 1, None, True),                          # black box
+    ("ck2bxqz3evvg20794iiyv5v2m", 1, None, True),                          # green box
+    ("cju3uhb79gcgr0871orbrbi3x", 10, None, None),
+    ("cju0tl3uz8blh0993wxvn7ly3", 1, None, False),
+])
+def test_real_masks(name, polyps, cells, box):
+    said = {}
+    for prompt in data.kvasir_prompts(KVASIR / "images" / f"{name}.jpg", KVASIR / "masks" / f"{name}.jpg"):
+        said |= grammar.parse(prompt)
+    assert said["n_polyps"] == said["n_findings"] == polyps and said["abnormality_cells"]
+    assert box is None or said["box"] == box
+
+
+@real_data
+def test_the_real_prompts_read_as_a_captions_file(folder):
+    with open(KVASIR.parent / "medvqa-gi-2024-prompts.csv", encoding="utf-8") as f:
+        texts = [row["prompt"] for row in csv.DictReader(f)][:500]
+    data.write_captions(folder, [(text, "a") for text in texts])
+    assert data.read_folder(folder)[0].prompts == texts

@@ -1,0 +1,306 @@
+"""judges.py on pictures drawn here: a bright disc is a polyp, a green square in the lower left is the box."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import judges
+import prompts
+from judges import COLUMN, SLICE, UNKNOWN, VALUES
+from weights import BadInput
+
+SIDE = 32
+
+
+def picture(rng, polyp, box):
+    img = rng.normal(90, 12, (SIDE, SIDE, 3)) + rng.normal(0, 10, 3)
+    if polyp:
+        y, x = np.mgrid[:SIDE, :SIDE]
+        cx, cy = rng.uniform(8, 24, 2)
+        img[np.hypot(x - cx, y - cy) < 6] = 230
+    if box:
+        img[-8:, :8] = 20, 180, 130
+    return img.clip(0, 255).astype(np.uint8)
+
+
+def write_folder(folder, rng, n, captions="prompt-gt.csv"):
+    """n pictures with two prompts each, or one where they stand for generated ones."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(n):
+        polyp, box = rng.random(2) < 0.5
+        data.write_image(folder / "images" / f"{i:06d}.png", picture(rng, polyp, box))
+        said = [prompts.write({"contains": ["polyp"]} if polyp else {"n_polyps": 0}), prompts.write({"box": bool(box)})]
+        rows += [(p, f"{i:06d}.png") for p in (said if captions == "prompt-gt.csv" else [said[i % 2]])]
+    write_rows(folder / captions, rows)
+    return folder
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, delimiter=";" if path.name == "prompt-gt.csv" else ",").writerows([("Prompt", "Filename"), *rows])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Real pictures, other real pictures, and true pictures that stand for generated ones."""
+    root, rng = tmp_path_factory.mktemp("toy"), np.random.default_rng(0)
+    write_folder(root / "real", rng, 240)
+    write_folder(root / "other", rng, 100)
+    write_folder(root / "fake", rng, 100, "prompts.csv")
+    return root
+
+
+FLAGS = ["--size", str(SIDE), "--steps", "60", "--device", "cpu"]
+
+
+def run(command, **flags):
+    given = [str(x) for name, value in flags.items() for x in ("--" + name.replace("_", "-"), value)]
+    judges.main([command, *FLAGS, *given])
+
+
+def faithfulness(toy, fake):
+    run("faithfulness", real=toy / "real", fake=fake, held_out=toy / "other", json=toy / "table.json")
+    table = json.loads((toy / "table.json").read_text())
+    return {row["asked for"]: row for row in table["summary"]}, table
+
+
+def test_true_pictures_score_as_the_classifier_does(toy, capsys):
+    rows, table = faithfulness(toy, toy / "fake")
+    assert table["n_train"] == 240 and table["n_held_out"] == 100 and table["n_fake"] == 100
+    assert rows["with / without the box"]["n"] == 50
+    for name in ("no polyps", "a polyp", "with / without the box"):
+        row = rows[name]
+        assert row["accuracy"] > 0.9 and abs(row["share"] - row["seen"]) < 0.15
+        assert row["low"] <= row["share"] <= row["high"]
+        assert 0.4 < row["chance"] < 0.6
+    said = capsys.readouterr().out
+    assert "no polyps" in said and "chance" in said
+
+
+def test_the_classifier_is_kept_and_read_again(toy, capsys, monkeypatch):
+    faithfulness(toy, toy / "fake")
+    monkeypatch.setattr(judges, "train_classifier", lambda *_: pytest.fail("trained again"))
+    capsys.readouterr()
+    first, _ = faithfulness(toy, toy / "fake")
+    assert "read from" in capsys.readouterr().out
+    assert faithfulness(toy, toy / "fake")[0] == first
+
+
+def test_shuffled_prompts_fall_to_chance(toy, tmp_path):
+    (tmp_path / "images").symlink_to(toy / "fake" / "images")
+    names = [r.name for r in data.read_folder(toy / "fake")]
+    said = [p for r in data.read_folder(toy / "fake") for p in r.prompts]
+    np.random.default_rng(1).shuffle(said)
+    write_rows(tmp_path / "prompts.csv", list(zip(said, names, strict=True)))
+    rows, _ = faithfulness(toy, tmp_path)
+    for row in rows.values():
+        assert row["low"] < row["chance"] < row["high"]
+
+
+def test_prompts_that_ask_for_nothing_are_refused(toy, tmp_path):
+    (tmp_path / "images").symlink_to(toy / "fake" / "images")
+    write_rows(tmp_path / "prompts.csv", [("A sunset over the sea.", "000000.png")])
+    with pytest.raises(BadInput, match="asks for anything"):
+        faithfulness(toy, tmp_path)
+
+
+def test_a_file_of_another_kind_is_not_a_classifier(toy, tmp_path):
+    file = tmp_path / "unet.safetensors"
+    judges.weights.save_safetensors(file, {"w": torch.zeros(1)}, {"kind": "msdm"})
+    with pytest.raises(BadInput, match="msdm"):
+        run("faithfulness", real=toy / "real", fake=toy / "fake", classifier=file)
+
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0),
+                                             (18, 20, 0.6990, 0.9721)])
+def test_wilson_interval(k, n, low, high):
+    assert judges.wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_of_nothing_is_everything():
+    assert judges.wilson(0, 0) == (0.0, 1.0)
+
+
+def known(row, attribute):
+    return dict(zip(judges.ATTRIBUTES[attribute][1], row[SLICE[attribute]], strict=True))
+
+
+def test_what_no_prompt_speaks_of_is_unknown():
+    said = "Generate an image containing a polyp.", "Generate an image with an an abnormality located in the center."
+    row = judges.truth_row(judges.merge([prompts.parse(p) for p in said]))
+    assert known(row, "polyp") == {"no polyps": 0, "a polyp": 1}
+    assert known(row, "place") == {c: int(c == "center") for c in prompts.CELLS}
+    for attribute in ("count", "size", "box", "text", "instruments", "procedure", "colour"):
+        assert set(row[SLICE[attribute]]) == {UNKNOWN}
+
+
+def test_no_polyps_have_no_size():
+    row = judges.truth_row({"n_polyps": 0})
+    assert known(row, "count")["0"] == 1 and set(known(row, "size").values()) == {0}
+    assert set(known(row, "place").values()) == {UNKNOWN}         # another finding may be anywhere
+    assert set(known(judges.truth_row({"n_findings": 0}), "place").values()) == {0}
+
+
+def test_a_drawing_tells_everything():
+    polyp = {"cells": ["center", "center-left"], "size": "5-10mm", "paris": "ip", "colors": ["red"]}
+    line = {"procedure": "gastroscopy", "polyps": [polyp, polyp], "instruments": [], "box": True, "text": False}
+    row = judges.truth_row(judges.from_drawing(line))
+    assert UNKNOWN not in row
+    shown = {pair for pair, y in zip(VALUES, row, strict=True) if y}
+    assert shown == {("polyp", "a polyp"), ("count", "2"), ("place", "center"), ("place", "center-left"),
+                     ("size", "5-10mm"), ("instruments", "none"), ("box", "with"), ("text", "without"),
+                     ("colour", "red"), ("paris", "ip"), ("procedure", "gastroscopy")}
+
+
+def test_unknown_labels_do_not_count_in_the_loss():
+    logits = torch.randn(4, len(VALUES), requires_grad=True)
+    labels = torch.full((4, len(VALUES)), UNKNOWN, dtype=torch.int8)
+    labels[0, SLICE["box"]] = torch.tensor([0, 1], dtype=torch.int8)
+    labels[1, SLICE["place"]] = 0
+    judges.loss_fn(logits, labels).backward()
+    touched = {(i, VALUES[j][0]) for i, j in logits.grad.nonzero().tolist()}
+    assert touched == {(0, "box"), (1, "place")}
+
+
+@pytest.mark.parametrize("attributes, pairs", [
+    ({"n_polyps": 0}, [("polyp", "no polyps")]),
+    ({"n_polyps": 2}, [("count", "2")]),
+    ({"contains": ["polyp"]}, [("polyp", "a polyp")]),
+    ({"n_instruments": 1}, [("instruments", "some")]),
+    ({"abnormality_cells": ["center", "lower-left"]}, [("place", "center"), ("place", "lower-left")]),
+    ({"box": False, "text": True}, [("box", "without"), ("text", "with")]),
+    ({"landmark_cells": ["center"]}, []),
+])
+def test_asked(attributes, pairs):
+    assert judges.asked(attributes) == pairs
+    assert judges.asked({}) == []
+
+
+def test_report_on_perfect_and_on_blind_pictures():
+    """Two values, half of the pictures each: those that obey score 1, those that show the same always score 1/2."""
+    box = SLICE["box"]
+    labels = torch.full((200, len(VALUES)), UNKNOWN, dtype=torch.int8)
+    labels[:, box] = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8).repeat(100, 1)
+    wanted = torch.zeros(200, len(VALUES), dtype=torch.bool)
+    wanted[:, box] = labels[:, box] == 1
+    blind = torch.zeros_like(wanted)
+    blind[:, COLUMN["box", "with"]] = True
+    for shown, expected in ((wanted, 1.0), (blind, 0.5)):
+        rows, summary, rare = judges.report(shown, wanted, labels, wanted, labels)
+        assert len(rows) == 2 and len(summary) == 1 and not rare
+        assert summary[0]["share"] == expected and summary[0]["n"] == 200
+        assert summary[0]["chance"] == summary[0]["accuracy"] / 2 == summary[0]["seen"] / 2 == 0.5
+    labels[4:, box] = UNKNOWN
+    assert judges.report(wanted, wanted, labels, wanted, labels)[2] == ["box without", "box with"]
+
+
+def test_evaluation_prompts_ask_for_one_value_each(tmp_path):
+    judges.main(["prompts", "--out", str(tmp_path / "prompts.csv"), "--per-value", "3"])
+    with open(tmp_path / "prompts.csv", encoding="utf-8", newline="") as f:
+        said = [row["Prompt"] for row in csv.DictReader(f)]
+    pairs = [judges.asked(prompts.parse(p)) for p in said]
+    assert all(len(p) == 1 for p in pairs)
+    assert len(said) == 3 * len({p[0] for p in pairs})
+    some = {("polyp", "no polyps"), ("count", "3"), ("place", "lower-right"), ("size", "< 5mm"), ("box", "without")}
+    assert some <= {p[0] for p in pairs}
+
+
+def test_the_features_and_logits_do_not_depend_on_the_batch():
+    torch.manual_seed(0)
+    net = judges.Classifier(SIDE).eval()
+    img = torch.randint(256, (5, 3, SIDE, SIDE), dtype=torch.uint8)
+    torch.testing.assert_close(net(img)[:2], net(img[:2]), rtol=1e-4, atol=1e-5)
+    assert net.embed(img).shape == (5, 256) and net(img).shape == (5, len(VALUES))
+
+
+# ---------------------------------------------------------------- usefulness
+
+def test_true_pictures_are_as_useful_as_real_ones(toy, tmp_path):
+    run("usefulness", real=toy / "real", held_out=toy / "other", fake=toy / "fake", json=tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    rows = {row["attribute"]: row for row in table["attributes"]}
+    assert set(rows) == {"polyp", "box"} and table["n_train"] == 100
+    assert all(row[name] > 0.8 for row in rows.values() for name in ("real to real", "GAN-train", "GAN-test"))
+
+
+def test_balanced_accuracy():
+    box = SLICE["box"]
+    labels = torch.full((6, len(VALUES)), UNKNOWN, dtype=torch.int8)
+    labels[:, box] = torch.tensor([[1, 0]] * 4 + [[0, 1]] * 2, dtype=torch.int8)
+    right, always = labels == 1, torch.zeros(6, len(VALUES), dtype=torch.bool)
+    always[:, COLUMN["box", "without"]] = True
+    [row] = judges.balanced_rows({"right": (right, labels), "always": (always, labels)})
+    assert row == {"attribute": "box", "n_values": 2, "right": 1.0, "always": 0.5}
+
+
+# ---------------------------------------------------------------- memorisation
+
+@pytest.fixture(scope="module")
+def copies(toy):
+    """Altered copies of the pictures that the classifier learns from when nothing else is held out."""
+    train, _ = data.split(data.read_folder(toy / "real"))
+    images, train = data.load_images(train[:60], SIDE)
+    altered = judges.augment(images, torch.Generator().manual_seed(7)).round().clamp(0, 255).byte()
+    for img, record in zip(altered, train, strict=True):
+        data.write_image(toy / "copies" / "images" / record.name, img.permute(1, 2, 0).numpy())
+    write_rows(toy / "copies" / "prompts.csv", [(r.prompts[0], r.name) for r in train])
+    return toy / "copies"
+
+
+def memorisation(toy, fake, **more):
+    run("memorisation", train=toy / "real", held_out=toy / "other", fake=fake, sheet=toy / "sheet.png",
+        json=toy / "memory.json", **more)
+    return json.loads((toy / "memory.json").read_text())
+
+
+def test_copies_are_flagged_and_other_pictures_are_not(toy, copies, capsys):
+    found = memorisation(toy, copies)
+    assert found["flagged"] and found["rows"][0]["share"] > 0.5
+    assert all(p["generated"] == p["training"] for p in found["pairs"][:5])
+    assert "COPIES" in capsys.readouterr().out
+    assert Image.open(toy / "sheet.png").size[0] > 4 * 2 * 128
+    honest = memorisation(toy, toy / "fake")
+    assert not honest["flagged"] and honest["rows"][0]["authentic"] > found["rows"][0]["authentic"]
+
+
+def test_held_out_pictures_that_were_trained_on_are_refused(toy):
+    with pytest.raises(BadInput, match="the same"):
+        run("memorisation", train=toy / "real", held_out=toy / "real", fake=toy / "fake")
+
+
+def test_inception_features_can_stand_in(toy, copies, monkeypatch):
+    metrics = pytest.importorskip("metrics")
+
+    class Inception(torch.nn.Module):
+        source = "rule"
+
+        def forward(self, img):
+            return {"2048": torch.nn.functional.avg_pool2d(img.float(), 4).flatten(1)}
+
+    monkeypatch.setattr(metrics, "Inception", lambda weights: Inception())
+    found = memorisation(toy, copies, weights="rule")
+    assert "rule" in found["features"] and math.isfinite(found["threshold"])
+
+
+def test_nearest():
+    a, b = torch.randn(50, 8), torch.randn(70, 8)
+    d, i = judges.nearest(a, b, chunk=16)
+    expected = torch.cdist(a.double(), b.double()).min(1)
+    assert torch.equal(i, expected.indices)
+    torch.testing.assert_close(d, expected.values.float())
+    d, i = judges.nearest(a, a, chunk=16)
+    assert (d == 0).all() and torch.equal(i, torch.arange(50))
+    d, i = judges.nearest(a, a, skip_self=True, chunk=16)
+    assert (d > 0).all() and (i != torch.arange(50)).all()
+
+
+def test_a_strange_size_is_refused(toy):
+    with pytest.raises(BadInput, match="--size"):
+        run("usefulness", real=toy / "real", fake=toy / "fake", size=50)

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sampler
+from sampler import SOLVERS, denoiser, guided, q_sample, schedule, seeded_noise, timesteps, to_x_0
+
+ALPHA_BAR = schedule("scaled_linear", 1000, 0.002, 0.02)
+
+
+def fresh_noise(shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return lambda i: torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def gaussian(mean, std, alpha_bar):
+    """The exact E[x_0 | x_t] when the data is N(mean, std^2)."""
+    def denoise(x_t, t):
+        a = alpha_bar[t]
+        gain = a.sqrt() * std**2 / (a * std**2 + 1 - a)
+        return mean + gain * (x_t - a.sqrt() * mean), None
+    return denoise
+
+
+# schedules and times
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_a_schedule_falls_from_almost_one_towards_zero(name):
+    a = schedule(name)
+    assert a.dtype == torch.float64 and len(a) == 1000
+    assert (a[1:] < a[:-1]).all() and a[0] > 0.99 and 0 < a[-1] < 0.01
+
+
+def test_cosine_betas_are_capped():
+    a = schedule("cosine", 50)
+    assert (1 - a[-1] / a[-2]).item() == pytest.approx(0.999)
+    assert a[24].item() == pytest.approx(math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2
+                                         / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)
+
+
+def test_spacings_of_table_2():
+    assert timesteps(1000, 10, "trailing").tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert timesteps(1000, 10, "leading").tolist() == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert timesteps(1000, 10, "leading", offset=1).tolist()[0] == 901
+    assert timesteps(1000, 10, "linspace").tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    assert timesteps(1000, 1).tolist() == timesteps(1000, 1, "linspace").tolist() == [999]
+
+
+@given(T=st.integers(1, 1000), steps=st.integers(1, 1000), spacing=st.sampled_from(["trailing", "leading", "linspace"]))
+@settings(max_examples=50, deadline=None)
+def test_times_descend_and_stay_inside(T, steps, spacing):
+    if steps > T:
+        with pytest.raises(ValueError, match="steps"):
+            timesteps(T, steps, spacing)
+        return
+    t = timesteps(T, steps, spacing)
+    assert len(t) == steps and (t[1:] < t[:-1]).all() and t[-1] >= 0 and t[0] < T
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="schedule"):
+        schedule("squared")
+    with pytest.raises(ValueError, match="spacing"):
+        timesteps(10, 2, "middle")
+    with pytest.raises(ValueError, match="offset"):
+        timesteps(10, 10, "leading", offset=1)
+
+
+# solvers
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 50])
+def test_a_point_mass_is_recovered_exactly(solver, steps):
+    x_0 = torch.full((2, 4, 8, 8), 0.3, dtype=torch.float64)
+    noise = fresh_noise(x_0.shape)
+    out = SOLVERS[solver](lambda x_t, t: (x_0, None), noise(0), ALPHA_BAR, timesteps(1000, steps), noise)
+    torch.testing.assert_close(out, x_0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_gaussian_keeps_its_mean_and_variance(solver):
+    noise = fresh_noise((20_000,))
+    out = SOLVERS[solver](gaussian(0.5, 0.7, ALPHA_BAR), noise(0), ALPHA_BAR, timesteps(1000, 1000), noise)
+    assert out.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert out.std().item() == pytest.approx(0.7, rel=0.02)
+
+
+def ode_error(solver, steps, T=100_000):
+    """Distance to the exact solution of the probability-flow ODE for Gaussian data, where x_t scales with its own deviation."""
+    alpha_bar, std, x_T = schedule("linear", T, 1e-6, 2e-4), 0.5, torch.tensor([1.3], dtype=torch.float64)
+    times = torch.linspace(0.9 * T, 0.2 * T, steps + 1, dtype=torch.float64).round().long()  # the last one only ends the path
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(x_t)
+        return gaussian(0.0, std, alpha_bar)(x_t, t)
+
+    solver(denoise, x_T, alpha_bar, times, None)
+    a, b = alpha_bar[times[0]], alpha_bar[times[-1]]
+    exact = x_T * ((b * std**2 + 1 - b) / (a * std**2 + 1 - a)).sqrt()
+    return (seen[-1] - exact).abs().item()
+
+
+@pytest.mark.parametrize("solver, order", [(sampler.ddim, 1), (sampler.dpmpp, 2)])
+def test_order_of_convergence_on_a_gaussian(solver, order):
+    errors = [ode_error(solver, steps) for steps in (32, 64, 128)]
+    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert measured[-1] == pytest.approx(order, abs=0.35), (errors, measured)
+
+
+def test_ddim_converges_to_a_fine_reference():
+    x_T = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian(0.2, 0.4, ALPHA_BAR)
+    fine = sampler.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, 1000))
+    errors = [(sampler.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, n)) - fine).abs().max().item() for n in (10, 50, 250)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_learned_variance_is_used():
+    x_0, noise = torch.zeros(50_000, dtype=torch.float64), fresh_noise((50_000,))
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(x_t)
+        return x_0, torch.full_like(x_0, math.log(0.25))
+
+    sampler.ddpm(denoise, x_0, ALPHA_BAR, timesteps(1000, 2), noise)
+    assert seen[1].std().item() == pytest.approx(0.5, rel=0.02)
+
+
+# predictions, guidance, seeds
+
+
+def test_eps_and_v_give_back_x_0():
+    x_0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    a = ALPHA_BAR[[10, 900]].view(2, 1, 1, 1)
+    for prediction in ("eps", "v"):
+        out = sampler.target(prediction, x_0, a, eps)
+        torch.testing.assert_close(to_x_0(prediction, out, q_sample(x_0, a, eps), a), x_0)
+
+
+class Recorder:
+    """A network that answers with its text and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x_t, t, text, mask, self_cond):
+        self.calls.append((x_t, t, text, mask, self_cond))
+        return text[:, :1, 0, None, None].expand(x_t.shape) + (0 if self_cond is None else self_cond)
+
+
+def test_guidance_is_the_formula_and_doubles_everything():
+    net, x_t = Recorder(), torch.randn(3, 2, 4, 4)
+    text, null, mask = torch.full((3, 5, 7), 2.0), torch.full((3, 5, 7), 0.5), torch.ones(3, 5)
+    self_cond = torch.randn(3, 2, 4, 4)
+    out = guided(net, text, mask, null, mask, 3.0)(x_t, torch.zeros(3, dtype=torch.long), self_cond)
+    torch.testing.assert_close(out, 0.5 + 3.0 * (2.0 - 0.5) + self_cond)  # the estimate reached both halves, or this would differ
+    assert len(net.calls) == 1
+    assert all(len(part) == 6 for part in net.calls[0])
+
+
+def test_guidance_one_asks_once_a_step_and_equals_no_guidance():
+    net, x_t = Recorder(), torch.randn(3, 2, 4, 4)
+    text, mask = torch.randn(3, 5, 7), torch.ones(3, 5)
+    out = guided(net, text, mask, None, None, 1)(x_t, torch.zeros(3, dtype=torch.long), None)
+    assert len(net.calls) == 1 and len(net.calls[0][0]) == 3
+    torch.testing.assert_close(out, text[:, :1, 0, None, None].expand(x_t.shape))
+
+
+def test_the_last_estimate_is_fed_back():
+    net, x_T = Recorder(), torch.randn(2, 1, 2, 2)
+    text, mask = torch.ones(2, 1, 1), torch.ones(2, 1)
+    denoise = denoiser(guided(net, text, mask, None, None, 1), ALPHA_BAR, "eps", self_conditioning=True)
+    x_0, _ = denoise(x_T, 999)
+    denoise(x_T, 500)
+    assert net.calls[0][4] is None  # zeros at the first step
+    assert torch.equal(net.calls[1][4], x_0)
+
+
+def test_a_seeds_noise_does_not_depend_on_its_neighbours():
+    together, alone = seeded_noise([7, 8, 9], (2, 3)), seeded_noise([8], (2, 3))
+    for i in range(3):
+        assert torch.equal(together(i)[1], alone(i)[0])

@@ -1,0 +1,260 @@
+"""What the training scripts share: ranks and device, seeds, learning rate, EMA, the run folder, resume.
+
+All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is its
+weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU, as one
+that was never killed.
+EMA  arXiv:2006.11239  Sec. 4 (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from weights import BadInput, best_device, replacing, save_safetensors, write_json
+
+# Ranks
+
+
+@dataclass
+class Ranks:
+    """One process a GPU, started by torchrun; a plain start is rank 0 of 1."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def average_gradients(self, params):
+        """The mean over the ranks, in one collective."""
+        if self.world == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for p, part in zip(params, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = part.view_as(p)
+
+    def mean(self, value: float):
+        """The mean of a number over the ranks: every rank calls it, every rank gets it."""
+        if self.world == 1:
+            return value
+        x = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x)
+        return x.item() / self.world
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_ranks(device="auto"):
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = best_device(device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, world, device)
+
+
+def autocast(device):
+    """bf16 where the GPU has it, float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+# Seeds and order
+
+
+def step_seed(*key):
+    """A 63-bit seed for torch made of whole numbers and words."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def seed_step(*key):
+    """Seed torch's global source (dropout) and return a CPU generator for everything else that this step draws."""
+    torch.manual_seed(step_seed("global", *key))
+    return torch.Generator().manual_seed(step_seed(*key))
+
+
+def batch_indices(n, batch_size, step, seed):
+    """The batch of a step: (batch_size,) indices below n, epoch after epoch, each epoch in its own order."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    out = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // n):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(n)
+        here = positions // n == epoch
+        out[here] = order[positions[here] % n]
+    return torch.from_numpy(out)
+
+
+def learning_rate(step, lr, warmup, steps=None):
+    """Linear warm-up, then constant; or, when steps is given, half a cosine down to zero at that step (SGDR, arXiv:1608.03983)."""
+    lr = lr * min(1.0, (step + 1) / max(1, warmup))
+    return lr if steps is None else lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+class EMA:
+    """Exponential moving average of named parameters: avg <- decay avg + (1 - decay) value."""
+
+    def __init__(self, params: dict, decay):
+        self.decay, self.params = decay, params
+        self.average = {k: p.detach().clone() for k, p in params.items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)
+
+    def swap(self):
+        """Exchange the average and the live weights; a second call undoes it."""
+        for k, p in self.params.items():
+            p.data, self.average[k] = self.average[k], p.data
+
+
+# The run folder
+
+
+class Run:
+    """runs/NAME/ with config.json, metrics.jsonl, samples/, last.safetensors, best.safetensors and state.pt (DESIGN.md 5)."""
+
+    FREE = ("steps", "minutes", "device", "log_every", "save_every", "sample_every", "workers")  # may differ on a resume
+
+    def __init__(self, folder, settings: dict, fingerprint: str, ranks):
+        self.folder, self.ranks = Path(folder), ranks
+        self.state_file = self.folder / "state.pt"
+        settings = json.loads(json.dumps(settings, default=str))
+        self.config = {"settings": settings, "data": fingerprint, "versions": versions(), "commit": git_commit()}
+        config_file = self.folder / "config.json"
+        if config_file.exists():
+            old = json.loads(config_file.read_text())
+            for key in sorted(settings.keys() | old["settings"].keys()):
+                was, now = old["settings"].get(key), settings.get(key)
+                if was != now and key not in self.FREE:
+                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, now {key}={now!r}; give another --out")
+            if old["data"] != fingerprint:
+                raise BadInput(f"{self.folder}: this run was started on other data ({old['data']}, now {fingerprint})")
+        if ranks.first:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            write_json(config_file, self.config)
+        ranks.wait()
+
+    def resume(self):
+        """The saved state, or None; lines of metrics.jsonl after its step are dropped, for they will be written again."""
+        state = None
+        if self.state_file.exists():
+            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
+        if self.ranks.first:
+            self._cut_log(0 if state is None else state["step"])
+        return state
+
+    def save_state(self, state: dict):
+        if self.ranks.first:
+            with replacing(self.state_file) as tmp:
+                torch.save(state, tmp)
+
+    def save_checkpoint(self, name, tensors, metadata):
+        if self.ranks.first:
+            save_safetensors(self.folder / f"{name}.safetensors", tensors, metadata)
+
+    def log(self, **values):
+        """One line of metrics.jsonl; values are numbers."""
+        if self.ranks.first:
+            line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+
+    def _cut_log(self, step):
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                break  # the line that a kill cut short
+        with replacing(path) as tmp:
+            tmp.write_text("".join(kept), encoding="utf-8")
+
+
+class Loop:
+    """`for step in Loop(...)`: a progress bar over the steps left; ends early, between two steps, when the budget of minutes is
+    spent or Ctrl-C or a termination was asked for. `step` counts from the resumed one."""
+
+    def __init__(self, name, start, steps, minutes=None, quiet=False):
+        self.bar = tqdm(total=steps, initial=min(start, steps), desc=name, unit="step", dynamic_ncols=True, disable=quiet,
+                        mininterval=1.0 if sys.stderr.isatty() else 30.0)
+        self.start, self.steps = start, steps
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.stopped_by = None
+
+    def __iter__(self):
+        old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.start, self.steps):
+                yield step
+                self.bar.update()
+                if self.last(step):
+                    break
+        finally:
+            self.bar.close()
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def _stop(self, signum, frame):
+        self.stopped_by = signum
+
+    def last(self, step):
+        """True in the last step that this process will make: time to save."""
+        return self.stopped_by is not None or time.monotonic() > self.deadline or step + 1 >= self.steps
+
+    def show(self, **values):
+        self.bar.set_postfix(values, refresh=False)
+
+    def finish(self):
+        """After everything is saved: a run stopped by a signal leaves with that signal's status."""
+        if self.stopped_by is not None:
+            print("stopped and saved; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + self.stopped_by)
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def git_commit():
+    try:
+        here = Path(__file__).resolve().parent
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        return out.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def add_flags(parser, steps):
+    """The flags that every training script has."""
+    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps in all")
+    parser.add_argument("--minutes", type=float, help="stop cleanly after this many minutes; the same command goes on")
+    parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")

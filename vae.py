@@ -1,0 +1,322 @@
+"""Autoencoders: pictures in [-1, 1] to latents and back, and how ours is trained.
+
+z = vae.encode(img), img = vae.decode(z); img (b, 3, h, w) with sides divisible by 8, z (b, 8, h/8, w/8).
+VAE    arXiv:1312.6114   the KL-regularised autoencoder; App. B: the KL of two Gaussians
+LDM    arXiv:2112.10752  Sec. 3.1  compress the pictures first, with a perceptual and a small KL term; App. G: unit-variance latents
+LPIPS  arXiv:1801.03924  Sec. 3  distance of unit-normalised VGG features, here without its learnt weights
+SSIM   Wang et al. 2004, IEEE TIP 13(4), Eq. 13
+
+    python vae.py --data data/phantom --out runs/vae
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import training
+from unet import ResBlock, zero_init
+from weights import BadInput, load_safetensors, load_state, run_command, save_safetensors
+
+
+@dataclass
+class VAEConfig:
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # the picture halves between levels
+    latent_channels: int = 8
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)
+
+
+PRESETS = {
+    "paper": VAEConfig(),
+    "tiny": VAEConfig(channels=(16, 32, 64, 128)),
+}
+
+
+class VAE(nn.Module):
+    """KL autoencoder. encode and decode own the latent scale: z has about unit variance over the training pictures."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        widths, latent = config.channels, config.latent_channels
+        self.down = nn.ModuleList([ResBlock(3, widths[0], groups=8)])
+        for a, b in zip(widths, widths[1:], strict=False):
+            self.down += [nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=8)]
+        self.to_moments = nn.Sequential(nn.Conv2d(widths[-1], 2 * latent, 3, padding=1), nn.Conv2d(2 * latent, 2 * latent, 1))
+
+        self.from_latent = ResBlock(latent, widths[-1], groups=8)
+        self.up = nn.ModuleList()  # from the smallest picture to the largest
+        for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True):
+            self.up.append(nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), ResBlock(b, b, groups=8)]))
+        self.to_img = zero_init(nn.Conv2d(widths[0], 3, 1))
+        self.to_half = zero_init(nn.Conv2d(widths[1], 3, 1))  # deep supervision: the picture at half resolution
+        self.register_buffer("latent_scale", torch.ones(()))
+
+    @property
+    def factor(self):
+        """Pixels a latent cell is wide."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    def moments(self, img):
+        """(mu, logvar) of q(z | img), before the latent scale."""
+        x = img
+        for block in self.down:
+            x = block(x)
+        mu, logvar = self.to_moments(x).chunk(2, dim=1)
+        return mu, logvar.clamp(-30, 20)
+
+    def encode(self, img, generator=None):
+        """z of about unit variance: drawn from q(z | img) with the generator, its mean without one."""
+        mu, logvar = self.moments(img)
+        return (mu if generator is None else reparameterise(mu, logvar, generator)) * self.latent_scale
+
+    def decode(self, z):
+        """img (b, 3, h, w), not clamped."""
+        return self.decode_unscaled(z / self.latent_scale)[0]
+
+    def decode_unscaled(self, z):
+        """(img, img at half resolution) of a latent before the scale: what the loss looks at."""
+        x = self.from_latent(z)
+        for conv, block in self.up[:-1]:
+            x = block(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        half = self.to_half(x)
+        conv, block = self.up[-1]
+        return self.to_img(block(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))), half
+
+
+def reparameterise(mu, logvar, generator=None):
+    """z = mu + sigma eps   (VAE, Eq. 10); the generator lives on the CPU, as every source of noise here."""
+    eps = torch.randn(mu.shape, generator=generator).to(mu)
+    return mu + (0.5 * logvar).exp() * eps
+
+
+# The loss
+
+
+def kl_divergence(mu, logvar):
+    """KL(N(mu, sigma^2) || N(0, 1)), a mean over all elements (VAE, App. B)."""
+    return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
+
+
+def ssim(a, b, sigma=1.5, data_range=2.0):
+    """Structural similarity (b,) of pictures in [-1, 1]: 11 x 11 Gaussian windows, those that lie inside (Wang et al., Eq. 13)."""
+    c_1, c_2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    x = torch.arange(11, device=a.device, dtype=a.dtype) - 5
+    g = torch.exp(-(x**2) / (2 * sigma**2))
+    g = g / g.sum()
+
+    def blur(y):  # separable, one channel at a time
+        y = y.flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(y, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11)).view(len(a), -1)
+
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+    s = (2 * mu_a * mu_b + c_1) * (2 * cov + c_2) / ((mu_a**2 + mu_b**2 + c_1) * (var_a + var_b + c_2))
+    return s.mean(dim=1)
+
+
+class Perceptual(nn.Module):
+    """Distance of unit-normalised VGG-16 features after each of its five stages: LPIPS, Eq. 1 with w = 1."""
+
+    def __init__(self, state_dict):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        vgg = vgg16()
+        vgg.load_state_dict(state_dict)
+        self.stages = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)))
+        self.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, a, b):
+        """(b, 3, h, w) twice in [-1, 1], sides of at least 16 -> (b,)"""
+        x = (torch.cat([a, b]) / 2 + 0.5 - self.mean) / self.std
+        total = 0.0
+        for stage in self.stages:
+            x = stage(x)
+            f_a, f_b = F.normalize(x, dim=1, eps=1e-10).chunk(2)
+            total = total + (f_a - f_b).square().sum(dim=1).mean(dim=(1, 2))
+        return total
+
+
+def find_perceptual(where):
+    """The perceptual loss named by --perceptual: "off", "auto" (torchvision's cache, None when it is not there) or a file."""
+    if where == "off":
+        return None
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth" if where == "auto" else Path(where)
+    if not path.is_file():
+        if where == "auto":
+            print(f"no VGG-16 weights at {path}: training without the perceptual term (--perceptual FILE gives them)")
+            return None
+        raise BadInput(f"--perceptual {where}: no such file, expected torchvision's VGG-16 weights, auto or off")
+    try:
+        state = load_safetensors(path)[0] if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        return Perceptual(state)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
+
+
+def loss_fn(vae, img, perceptual, kl_weight, l1_weight, generator):
+    """Reconstruction at full and half resolution + KL. Each term is a mean, so the picture's size does not set the step."""
+    mu, logvar = vae.moments(img)
+    out, half = vae.decode_unscaled(reparameterise(mu, logvar, generator))
+    kl = kl_divergence(mu, logvar)
+    loss, parts = kl_weight * kl, {"kl": kl}
+    for name, x, target in (("", out, img), ("half_", half, F.avg_pool2d(img, 2))):
+        parts[name + "mse"] = F.mse_loss(x, target)
+        parts[name + "dssim"] = 1 - ssim(x, target).mean()
+        loss = loss + parts[name + "mse"] + l1_weight * F.l1_loss(x, target) + parts[name + "dssim"]
+        if perceptual is not None:
+            parts[name + "perceptual"] = perceptual(x, target).mean()
+            loss = loss + parts[name + "perceptual"]
+    return loss, parts
+
+
+# Training
+
+
+@dataclass
+class Recipe:
+    """How a preset is trained."""
+
+    size: int
+    batch_size: int
+    lr: float
+    steps: int
+    l1_weight: float
+    kl_weight: float
+    jitter: float
+    cosine: bool
+
+
+RECIPES = {
+    "paper": Recipe(size=256, batch_size=8, lr=1e-4, steps=50_000, l1_weight=0.0, kl_weight=1e-6, jitter=0.4, cosine=False),
+    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=1500, l1_weight=1.0, kl_weight=1e-4, jitter=0.0, cosine=True),
+}
+
+
+def load(path, device="cpu") -> VAE:
+    """The VAE of a checkpoint written here, frozen."""
+    tensors, meta = load_safetensors(path)
+    if meta.get("kind") != "vae":
+        raise BadInput(f"{path}: expected a checkpoint of vae.py, got {meta.get('kind', 'a file without a kind')!r}")
+    with torch.device("meta"):
+        vae = VAE(VAEConfig(**meta["config"]))
+    return load_state(vae, tensors, path).to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def measure_scale(vae, images, device):
+    """One over the standard deviation of all latents of uint8 pictures (LDM, App. G)."""
+    sums, n = torch.zeros(2, dtype=torch.float64), 0
+    for i in range(0, len(images), 32):
+        mu, logvar = vae.moments(images[i:i + 32].to(device).float() / 127.5 - 1)
+        sums += torch.stack([mu.double().sum(), (mu.double() ** 2 + logvar.double().exp()).sum()]).cpu()
+        n += mu.numel()
+    mean, square = sums / n
+    return (square - mean**2).rsqrt().float()
+
+
+def train(args, recipe):
+    ranks = training.start_ranks(args.device)
+    device = ranks.device
+    records = data.read_folder(args.data, args.captions)
+    train_records, val_records = data.split(records, seed=args.seed)
+    run = training.Run(args.out, {k: v for k, v in vars(args).items() if k != "out"}, data.fingerprint(records), ranks)
+    images, _ = data.load_images(train_records, args.size, args.crop)
+    val_images, _ = data.load_images(val_records, args.size, args.crop)
+    perceptual = find_perceptual(args.perceptual)
+    perceptual = perceptual and perceptual.to(device)
+
+    training.seed_step(args.seed, "weights")
+    vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
+    params = dict(vae.named_parameters())
+    opt = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=True)
+    state, start, best = run.resume(), 0, float("inf")
+    if state is not None:
+        start, best = state["step"], state["best"]
+        vae.load_state_dict(state["weights"])
+        opt.load_state_dict(state["optimiser"])
+
+    def checkpoint(step):
+        nonlocal best
+        vae.eval()
+        val, shown = 0.0, []
+        for i in range(0, len(val_images), 16):
+            img = val_images[i:i + 16].to(device).float() / 127.5 - 1
+            with torch.no_grad():
+                loss, _ = loss_fn(vae, img, perceptual, recipe.kl_weight, recipe.l1_weight, torch.Generator().manual_seed(i))
+                if not shown:
+                    shown = [img[:8], vae.decode_unscaled(vae.moments(img[:8])[0])[0]]
+            val += loss.item() * len(img) / len(val_images)
+        vae.latent_scale.copy_(measure_scale(vae, images[:2000], device))
+        run.log(step=step, val_loss=val)
+        metadata = {"kind": "vae", "config": asdict(vae.config), "step": step, "val_loss": val, "data": run.config["data"]}
+        if val < best:
+            best = val
+            run.save_checkpoint("best", vae.state_dict(), metadata)
+        run.save_checkpoint("last", vae.state_dict(), metadata)
+        if ranks.first:
+            pictures = ((torch.cat(shown) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+            data.write_grid(run.folder / "samples" / f"{step:07d}.png", pictures, columns=len(shown[0]))
+        vae.train()
+        run.save_state({"step": step, "best": best, "weights": vae.state_dict(), "optimiser": opt.state_dict()})
+
+    vae.train()
+    loop = training.Loop(f"vae {args.preset}", start, args.steps, args.minutes, quiet=not ranks.first)
+    b = args.batch_size
+    for step in loop:
+        g = training.seed_step(args.seed, step, ranks.rank)
+        indices = training.batch_indices(len(images), b * ranks.world, step, args.seed)[ranks.rank * b:(ranks.rank + 1) * b]
+        img = images[indices].float() / 127.5 - 1
+        if args.jitter:
+            img = data.augment(img, g, args.jitter)
+        img = img.to(device, memory_format=torch.channels_last)
+        with training.autocast(device):
+            loss, parts = loss_fn(vae, img, perceptual, recipe.kl_weight, recipe.l1_weight, g)
+        loss.backward()
+        ranks.average_gradients(params.values())
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        lr = training.learning_rate(step, args.lr, 100, args.steps if recipe.cosine else None)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        if (step + 1) % args.log_every == 0:
+            run.log(step=step + 1, loss=ranks.mean(loss.item()), lr=lr, **{k: v.item() for k, v in parts.items()})
+            loop.show(loss=f"{loss.item():.4f}")
+        if (step + 1) % args.save_every == 0 or loop.last(step):
+            checkpoint(step + 1)
+    loop.finish()
+    if ranks.first:
+        print(f"{run.folder}/best.safetensors: validation loss {best:.4f}, latent scale {vae.latent_scale.item():.4f}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train the KL autoencoder on the pictures of a data folder.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
+    recipe = RECIPES[parser.parse_known_args(argv)[0].preset]
+    parser.add_argument("--data", required=True, help="data folder")
+    parser.add_argument("--captions", help="captions file, when it is not the folder's own")
+    parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
+    parser.add_argument("--size", type=int, default=recipe.size, help="side of the pictures, pixels")
+    parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how a picture becomes a square")
+    parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="pictures a step and process")
+    parser.add_argument("--lr", type=float, default=recipe.lr, help="learning rate after 100 steps of warm-up")
+    parser.add_argument("--jitter", type=float, default=recipe.jitter, help="brightness and contrast change, 0 to 1")
+    parser.add_argument("--perceptual", default="auto", help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
+    training.add_flags(parser, recipe.steps)
+    args = parser.parse_args(argv)
+    train(args, recipe)
+
+
+if __name__ == "__main__":
+    run_command(main)
