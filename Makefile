@@ -21,9 +21,9 @@ help:  ## this list
 
 # The built-in data; any other DATA must be there already.
 data/phantom/prompt-gt.csv: .venv/installed
-	$(PY) phantom.py --out data/phantom --n 4000 --size $(SIZE) --seed 0
+	$(PY) phantom.py --out data/phantom --n 8000 --size $(SIZE) --seed 0
 
-phantom: data/phantom/prompt-gt.csv  ## draw the built-in data: 4,000 phantoms
+phantom: data/phantom/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
 
 train-vae: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom)  ## train the autoencoder on DATA
 	$(PY) vae.py --preset $(PRESET) --data $(DATA) --out $(OUT)/vae

@@ -47,7 +47,7 @@ class Record:
     prompts: list[str]
 
 
-# ---- reading a folder ----
+# Reading a folder
 
 def read_folder(folder, captions=None) -> list[Record]:
     """The images that the captions speak of, one Record each, in the order in which the captions first name them."""
@@ -172,7 +172,7 @@ def read_jsonl(path):
         yield i, name, [prompt.strip() for prompt in prompts]
 
 
-# ---- pixels ----
+# Pixels
 
 def open_image(path) -> Image.Image:
     """An image as 8-bit RGB, upright: EXIF rotation applied, transparency over black, 16 bits scaled down."""
@@ -262,7 +262,7 @@ def in_parallel(function, n, workers, what):
         return list(bar)
 
 
-# ---- training ----
+# Training
 
 def split(records, fraction=0.1, seed=0, groups=None):
     """(train, val) by image, each in the order of records. The hash of seed and file name decides, so every script
@@ -343,7 +343,7 @@ def fingerprint(records) -> str:
     return text_hash(*(json.dumps([r.name, r.path.stat().st_size, r.prompts]) for r in records))
 
 
-# ---- writing ----
+# Writing
 
 def write_image(path, pixels):
     """uint8 (h, w, 3) into a PNG, atomically."""
@@ -371,7 +371,7 @@ def write_captions(folder, rows):
         writer.writerows(rows)
 
 
-# ---- Kvasir-SEG: prompts that are true by the mask ----
+# Kvasir-SEG: prompts that are true by the mask
 
 SPECK = 0.0005      # share of the picture under which a component is JPEG noise: noise has 1e-5, polyps 1.6e-3 and more
 COVERS = 0.20       # share of a polyp's area that must lie in a cell
@@ -449,7 +449,7 @@ def kvasir_seg(src, out, workers):
     print(f"{out}: {len(images)} images, {sum(map(len, rows))} prompts")
 
 
-# ---- check ----
+# Check
 
 def check(folder, captions, workers):
     """Print what a data folder holds; 1 if a training could not use it."""

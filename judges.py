@@ -65,7 +65,7 @@ SUMMARY = {             # rows of the short table: which values each pools
 }
 
 
-# ---------------------------------------------------------------- labels
+# Labels
 
 def merge(parsed: list[dict]) -> dict:
     """The attributes that several prompts of one picture speak of, together; lists are united."""
@@ -172,7 +172,7 @@ def read_drawings(folder):
     return drawn
 
 
-# ---------------------------------------------------------------- the classifier
+# The classifier
 
 class Residual(nn.Module):
     def __init__(self, ch):
@@ -193,19 +193,19 @@ class Classifier(nn.Module):
 
     def __init__(self, size=64, ch=32):
         super().__init__()
-        n_halvings = max(0, round(math.log2(size / 32)))                # from size / 2 down to 16 x 16
+        n_halvings = max(1, round(math.log2(size / 16)))                # from size / 2 down to 8 x 8
         self.body = nn.Sequential(
             nn.PixelUnshuffle(2), conv(12, ch), *(conv(ch, ch, stride=2) for _ in range(n_halvings - 1)),
-            conv(ch, 2 * ch, stride=2 if n_halvings else 1), Residual(2 * ch), Residual(2 * ch),
+            conv(ch, 2 * ch, stride=2), Residual(2 * ch), Residual(2 * ch),
             conv(2 * ch, 4 * ch, stride=2), Residual(4 * ch))
         self.where = nn.Conv2d(4 * ch, ch, 1)
-        self.features = nn.Sequential(nn.Linear(72 * ch, 256), nn.BatchNorm1d(256), nn.ReLU())
+        self.features = nn.Sequential(nn.Linear(24 * ch, 256), nn.BatchNorm1d(256), nn.ReLU())
         self.out = nn.Linear(256, len(VALUES))
 
     def embed(self, img):
         x = (img.float() - 128) / 64
         x = self.body(x.contiguous(memory_format=torch.channels_last))
-        flat = F.adaptive_avg_pool2d(self.where(x), 8).flatten(1)       # what is where: 8 x 8 places
+        flat = F.adaptive_avg_pool2d(self.where(x), 4).flatten(1)       # what is where
         return self.features(torch.cat([flat, x.mean((2, 3)), x.amax((2, 3))], dim=1))
 
     def forward(self, img):
@@ -223,11 +223,11 @@ def augment(images, generator):
     return x + 6 * noise * torch.randn(x.shape, generator=generator)
 
 
-def loss_fn(logits, truth):
+def loss_fn(logits, labels):
     """Cross-entropy over each "one", binary cross-entropy over each "set"; what is unknown does not count."""
     loss = 0
     for attribute, (kind, _) in ATTRIBUTES.items():
-        y, target = logits[:, SLICE[attribute]], truth[:, SLICE[attribute]]
+        y, target = logits[:, SLICE[attribute]], labels[:, SLICE[attribute]]
         known = target[:, 0] != UNKNOWN
         if known.any():
             y, target = y[known], target[known].float()
@@ -238,10 +238,11 @@ def loss_fn(logits, truth):
 
 def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, device="cpu"):
     """A Classifier of uint8 images (n, 3, size, size) with labels (n, len(VALUES)): AdamW, one cycle of the rate."""
+    speaking = (labels != UNKNOWN).any(1)
+    images, labels = images[speaking], labels[speaking]
     if len(images) < 2:
-        raise BadInput(f"expected at least 2 pictures to train a classifier on, got {len(images)}")
-    if (labels == UNKNOWN).all():
-        raise BadInput(f"nothing to train on: no prompt speaks of what can be judged ({', '.join(ATTRIBUTES)})")
+        raise BadInput(f"{len(images)} pictures to train a classifier on, expected at least 2 whose prompts speak of "
+                       f"{', '.join(ATTRIBUTES)}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -252,7 +253,7 @@ def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, devi
     order = torch.empty(0, dtype=torch.long)
     bar = trange(steps, desc="classifier", delay=2, leave=False)
     for step in bar:
-        if len(order) < 2:                                              # BatchNorm needs two
+        if len(order) < min(batch_size, len(images)):
             order = torch.randperm(len(images), generator=generator)
         batch, order = order[:batch_size], order[batch_size:]
         loss = loss_fn(net(augment(images[batch], generator).to(device)), labels[batch].to(device))
@@ -307,7 +308,7 @@ def beside(folder, size):
     return folder.with_name(f"{folder.name}.judge-{size}.safetensors")
 
 
-# ---------------------------------------------------------------- counting
+# Counting
 
 def wilson(successes, n, z=1.959964):
     """95 % interval of a share (Wilson 1927): stays inside [0, 1] and is honest for small n."""
@@ -315,7 +316,7 @@ def wilson(successes, n, z=1.959964):
         return 0.0, 1.0
     p, zz = successes / n, z * z / n
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
+    return max(0.0, min(p, (middle - half) / (1 + zz))), min(1.0, max(p, (middle + half) / (1 + zz)))    # p: rounding
 
 
 def share(hits, among):
@@ -389,7 +390,7 @@ def labelled(records, folder, size):
     return records, images, truth(records, folder)
 
 
-# ---------------------------------------------------------------- faithfulness
+# Faithfulness
 
 def faithfulness(args):
     """Per value: how many of the pictures whose prompt asks for it show it."""
@@ -447,7 +448,7 @@ def write_prompts(args):
     print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
 
 
-# ---------------------------------------------------------------- usefulness
+# Usefulness
 
 def usefulness(args):
     """One classifier learns from real pictures, one from as many generated ones; each is tested on the other kind."""
@@ -467,9 +468,9 @@ def usefulness(args):
           f"tested on {len(held_out)} held-out real and {len(fake)} generated; "
           f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
     print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})
-    print("\nBalanced accuracy, mean over the attribute's values: the share judged rightly of the pictures with a value and\n"
-          "of those without, averaged; 0.5 is chance. GAN-train: trained on generated pictures, tested on real ones;\n"
-          "GAN-test: the reverse. Of a generated picture only what its prompts say is known.")
+    print("\nBalanced accuracy, mean over the attribute's values: the share judged rightly of the pictures with a\n"
+          "value and of those without, averaged; 0.5 is chance. GAN-train: trained on generated pictures, tested on\n"
+          "real ones; GAN-test: the reverse. Of a generated picture only what its prompts say is known.")
     if args.json:
         weights.write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n,
                                        "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
@@ -491,7 +492,7 @@ def balanced_rows(tests):
     return rows
 
 
-# ---------------------------------------------------------------- memorisation
+# Memorisation
 
 def memorisation(args):
     """How close generated pictures come to training pictures, beside pictures that nobody can have copied."""
@@ -579,7 +580,7 @@ def draw_pairs(path, pairs, distances, side=128, columns=4, gap=6, line=14):
         sheet.save(tmp)
 
 
-# ---------------------------------------------------------------- command line
+# Command line
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

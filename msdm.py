@@ -11,7 +11,6 @@ CLIP  arXiv:2103.00020  Sec. 2.4, the text transformer
 
 import argparse
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -247,10 +246,11 @@ class Recipe:
 
 
 RECIPES = {
-    "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64, lr=1e-4,
-                    warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
-    "tiny": Recipe(Diffusion("v", "cosine", image_size=64), loss="l2", text_encoder="train", steps=4000, batch_size=32, lr=1e-3,
-                   warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=3),
+    "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64,
+                    lr=1e-4, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
+    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=4000,
+                   batch_size=32, lr=1e-3,
+                   warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=4),
 }
 
 
@@ -273,13 +273,14 @@ def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, self
 class PromptSource:
     """Prompts of pictures as text states: drawn, joined, dropped; cached where the encoder is frozen."""
 
-    def __init__(self, records, text, join, p_uncond):
+    def __init__(self, records, val_records, text, join, p_uncond):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
         self.cache = None
-        if not text.trained:
-            distinct = sorted({p for r in records for p in r.prompts} | {""})
+        if not text.trained and join == 1:
+            distinct = sorted({p for r in (*records, *val_records) for p in r.prompts} | {""})
             self.rows = {p: i for i, p in enumerate(distinct)}
-            parts = [text(distinct[i:i + 64]) for i in tqdm(range(0, len(distinct), 64), "text states", disable=len(distinct) < 500)]
+            batches = [distinct[i:i + 64] for i in range(0, len(distinct), 64)]
+            parts = [text(batch) for batch in tqdm(batches, "text states", disable=len(batches) < 8)]
             self.cache = [torch.cat(p) for p in zip(*parts, strict=True)]
 
     def draw(self, indices, generator):
@@ -330,15 +331,17 @@ def validate(model, latents, prompts, alpha_bar, recipe, batch_size):
     return total / n
 
 
-def cached_latents(file, key, make):
-    """Latents from their file when they are of the same pictures and VAE, else made and kept there."""
+def cached_latents(file, key, records, make, ranks):
+    """(latents, the records that could be read): from their file when they are of the same pictures and VAE, else made and kept."""
     if file.is_file():
         tensors, meta = load_safetensors(file)
         if meta.get("key") == key:
-            return tensors["train"], tensors["val"]
-    train, val = make()
-    save_safetensors(file, {"train": train, "val": val}, {"key": key})
-    return train, val
+            names = set(meta["names"])
+            return tensors["moments"], [r for r in records if r.name in names]
+    moments, kept = make(records)
+    if ranks.first:
+        save_safetensors(file, {"moments": moments}, {"key": key, "names": [r.name for r in kept]})
+    return moments, kept
 
 
 def train(args, recipe):
@@ -353,16 +356,16 @@ def train(args, recipe):
     settings = {k: v for k, v in vars(args).items() if k != "out"} | {"recipe": asdict(recipe), "vae_hash": file_hash(args.vae)}
     run = training.Run(args.out, settings, data.fingerprint(records), ranks)
 
-    def make_latents():
-        images, kept = data.load_images(train_records, size, args.crop)
-        val_images, val_kept = data.load_images(val_records, size, args.crop)
-        if (len(kept), len(val_kept)) != (len(train_records), len(val_records)):
-            train_records[:], val_records[:] = kept, val_kept
-        return (encode_latents(vae, images, recipe.jitter, recipe.views, args.seed, device),
-                encode_latents(vae, val_images, 0.0, 1, args.seed, device))
+    def latents_of(part, records, jitter, views):
+        def make(records):
+            images, kept = data.load_images(records, size, args.crop)
+            return encode_latents(vae, images, jitter, views, args.seed, device), kept
 
-    key = text_hash(settings["vae_hash"], data.fingerprint(records), size, args.crop, recipe.jitter, recipe.views, args.seed)
-    latents, val_latents = cached_latents(run.folder / "latents.safetensors", key, make_latents)
+        key = text_hash(settings["vae_hash"], run.config["data"], size, args.crop, jitter, views, args.seed)
+        return cached_latents(run.folder / f"latents-{part}.safetensors", key, records, make, ranks)
+
+    latents, train_records = latents_of("train", train_records, recipe.jitter, recipe.views)
+    val_latents, val_records = latents_of("val", val_records, 0.0, 1)
 
     training.seed_step(args.seed, "weights")
     if recipe.text_encoder == "train":
@@ -378,9 +381,9 @@ def train(args, recipe):
     opt = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
     ema = training.EMA(params, recipe.ema_decay)
     alpha_bar = recipe.diffusion.alpha_bar().float().to(device)
-    source = PromptSource([*train_records, *val_records], text, recipe.join, recipe.p_uncond)
+    source = PromptSource(train_records, val_records, text, recipe.join, recipe.p_uncond)
     val_z = vae.latent_scale.cpu() * val_latents[:, 0].float().chunk(2, dim=1)[0]
-    shown = [val_records[i % len(val_records)].prompts[i % len(val_records[i % len(val_records)].prompts)] for i in range(args.shown)]
+    shown = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
 
     state, start, best = run.resume(), 0, float("inf")
     if state is not None:
@@ -410,7 +413,6 @@ def train(args, recipe):
         ema.swap()
         run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
                         "weights": {k: p.detach() for k, p in params.items()}})
-        return val
 
     model.train()
     vae.eval()
@@ -445,7 +447,7 @@ def train(args, recipe):
             run.log(step=step + 1, loss=value, grad_norm=norm.item(), lr=lr)
             loop.show(loss=f"{value:.4f}")
         if (step + 1) % args.save_every == 0 or loop.last(step):
-            val = checkpoint(step + 1)
+            checkpoint(step + 1)
     loop.finish()
     if ranks.first:
         print(f"{run.folder}/best.safetensors: validation loss {best:.4f}")

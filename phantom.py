@@ -52,7 +52,7 @@ DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001011001
           "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111")  # 3 x 5 dots
 
 
-# ---------------------------------------------------------------- what is where
+# What is where
 
 def cell_of(x, y):
     """Index of the 3x3 cell that holds a point, in reading order."""
@@ -130,7 +130,7 @@ def visible_cells(scene, polyp):
     return cells_covered(x[seen], y[seen]) if seen.sum() > 0.875 * head.sum() else []
 
 
-# ---------------------------------------------------------------- drawing the numbers of a scene
+# Drawing the numbers of a scene
 
 def draw_scene(seed, index):
     """All that the picture shows, as plain numbers: first what prompts speak of, then light, folds and noise."""
@@ -241,7 +241,7 @@ def grow_vessels(rng):
     return segments
 
 
-# ---------------------------------------------------------------- painting
+# Painting
 
 def smoothstep(low, high, x):
     t = np.clip((x - low) / (high - low), 0, 1)
@@ -391,7 +391,7 @@ def paint_text(img, x, y, corner, digits):
     blend(img, win, (0.97, 0.97, 0.93), dots[i.clip(0, dots.shape[0] - 1), j.clip(0, dots.shape[1] - 1)])
 
 
-# ---------------------------------------------------------------- words and files
+# Words and files
 
 def attributes(scene, file_name):
     """The line of attributes.jsonl."""

@@ -117,7 +117,8 @@ def dpmpp(denoise, x_t, alpha_bar, timesteps, noise=None):
         if x_0_before is not None and torch.isfinite(h) and torch.isfinite(lambda_t - lambda_before):
             r = (lambda_t - lambda_before) / h
             d = x_0 + (x_0 - x_0_before) / (2 * r.item())
-        ratio = ((1 - a_s) / (1 - a_t)).sqrt()  # sigma_s / sigma_t; alpha_s - alpha_t ratio = -alpha_s (exp(-h) - 1), without the logarithms
+        # -alpha_s (exp(-h) - 1) = alpha_s - alpha_t sigma_s / sigma_t, which stays finite at both ends
+        ratio = ((1 - a_s) / (1 - a_t)).sqrt()
         x_t = ratio.item() * x_t + (a_s.sqrt() - a_t.sqrt() * ratio).item() * d
         x_0_before, lambda_before = x_0, lambda_t
     return x_t
@@ -240,7 +241,8 @@ def write_samples(model, prompts, args, settings):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures for prompts.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw pictures for prompts.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="checkpoint of msdm.py")
     parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     parser.add_argument("--prompts", help="file of prompts: .txt, one a line, or .csv with a Prompt column")
@@ -252,7 +254,8 @@ def main(argv=None):
     parser.add_argument("--negative-prompt", default="", help="what guidance moves away from")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; does not change them")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    parser.add_argument("--grid", action=argparse.BooleanOptionalAction, default=False, help="also a sheet of the first 64, grid.png")
+    parser.add_argument("--grid", action=argparse.BooleanOptionalAction, default=False,
+                        help="also a sheet of the first 64, grid.png")
     parser.add_argument("--out", required=True, help="data folder to write; the same command again makes only what is missing")
     args = parser.parse_args(argv)
 

@@ -50,6 +50,12 @@ def zero_init(module):
     return module
 
 
+def unit_variance(linear):
+    """Weights that keep the size of what passes: torch's default shrinks it threefold, and four layers deep the words are lost."""
+    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    return linear
+
+
 def sinusoidal(t, dim):
     """Transformer position encoding of the time: t (b,) -> (b, dim), sines then cosines, periods from 2 pi to 10000 * 2 pi."""
     half = dim // 2
@@ -172,6 +178,8 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(dim // 4, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.text_mlp = nn.Sequential(nn.Linear(config.text_dim, dim, bias=False), nn.SiLU(), nn.Linear(dim, dim, bias=False))
         self.text_pool = CrossAttention(dim, dim, n_heads=dim // 64)
+        for layer in (*self.text_mlp[::2], self.text_pool.to_v, self.text_pool.to_out[0]):
+            unit_variance(layer)
         self.conv_in = nn.Conv2d(config.in_channels * (1 + config.self_conditioning), first, 3, padding=1)
 
         self.down, skips, ch = nn.ModuleList(), [first], first  # skips: widths that the way up takes back, last first

@@ -20,7 +20,7 @@ from torch import nn
 import data
 import training
 from unet import ResBlock, zero_init
-from weights import BadInput, load_safetensors, load_state, run_command, save_safetensors
+from weights import BadInput, load_safetensors, load_state, run_command
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(size=256, batch_size=8, lr=1e-4, steps=50_000, l1_weight=0.0, kl_weight=1e-6, jitter=0.4, cosine=False),
-    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=1500, l1_weight=1.0, kl_weight=1e-4, jitter=0.0, cosine=True),
+    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=1500, l1_weight=1.0, kl_weight=3e-3, jitter=0.0, cosine=True),
 }
 
 

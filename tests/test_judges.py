@@ -57,7 +57,7 @@ def toy(tmp_path_factory):
     return root
 
 
-FLAGS = ["--size", str(SIDE), "--steps", "60", "--device", "cpu"]
+FLAGS = ["--size", str(SIDE), "--steps", "40", "--device", "cpu"]
 
 
 def run(command, **flags):

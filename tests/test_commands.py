@@ -1,0 +1,128 @@
+"""The real commands, end to end, on a few drawn pictures: draw, train, kill, go on, sample."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from weights import file_hash
+
+HERE = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(script, *flags, expect=0):
+    done = subprocess.run([sys.executable, HERE / script, *map(str, flags)], capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with data, a VAE and a U-Net trained for a few steps by the commands of the README."""
+    root = tmp_path_factory.mktemp("made")
+    run("phantom.py", "--out", root / "data", "--n", 40, "--size", 32)
+    run("vae.py", "--data", root / "data", "--out", root / "vae", "--size", 32, "--steps", 6, "--perceptual", "off")
+    run("msdm.py", *msdm_flags(root), "--out", root / "msdm")
+    return root
+
+
+def msdm_flags(root):
+    return ["--data", root / "data", "--vae", root / "vae/best.safetensors", "--size", 32, "--steps", 12, "--batch-size", 4,
+            "--log-every", 2, "--save-every", 4, "--shown", 2, "--sample-steps", 2]
+
+
+def test_a_run_folder_holds_what_the_design_says(made):
+    run_folder = made / "msdm"
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["settings"]["recipe"]["batch_size"] == 4 and config["versions"]["torch"] and config["data"]
+    steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 12
+    assert {p.name for p in (run_folder / "samples").iterdir()} == {"0000004.png", "0000008.png", "0000012.png"}
+    assert all((run_folder / f).exists() for f in ("last.safetensors", "best.safetensors", "state.pt"))
+
+
+@pytest.mark.parametrize("script", ["vae.py", "msdm.py"])
+def test_a_killed_run_ends_with_the_same_bytes(made, script, tmp_path):
+    whole = made / ("vae" if script == "vae.py" else "msdm")
+    flags = msdm_flags(made) if script == "msdm.py" else [
+        "--data", made / "data", "--size", 32, "--steps", 6, "--perceptual", "off"]
+    flags += ["--out", tmp_path / "again", "--save-every", 2 if script == "vae.py" else 4]
+    killed = subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], env=ENV, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    state = tmp_path / "again" / "state.pt"
+    for _ in range(3000):
+        if state.exists() or killed.poll() is not None:
+            break
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert state.exists()
+    run(script, *flags)
+    assert file_hash(tmp_path / "again" / "last.safetensors") == file_hash(whole / "last.safetensors")
+
+
+def test_ctrl_c_saves_and_leaves_with_130(made, tmp_path):
+    flags = [*msdm_flags(made), "--out", tmp_path / "run", "--steps", 100_000, "--save-every", 90_000]
+    process = subprocess.Popen([sys.executable, HERE / "msdm.py", *map(str, flags)], env=ENV, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(3000):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert (tmp_path / "run" / "state.pt").exists()
+
+
+def test_sampling_writes_a_data_folder_and_makes_only_what_is_missing(made, tmp_path):
+    flags = ["--ckpt", made / "msdm/best.safetensors", "--prompt", "Generate an image with 1 polyp.", "-n", 3, "--steps", 3,
+             "--out", tmp_path / "out", "--grid"]
+    run("sampler.py", *flags)
+    files = sorted((tmp_path / "out/images").iterdir())
+    assert [f.name for f in files] == ["000000.png", "000001.png", "000002.png"]
+    assert (tmp_path / "out/prompts.csv").read_text().splitlines()[2] == "000001.png,Generate an image with 1 polyp.,1"
+    before = [file_hash(f) for f in files]
+    files[1].unlink()
+    untouched = files[0].stat().st_mtime_ns
+    run("sampler.py", *flags)
+    assert [file_hash(f) for f in files] == before and files[0].stat().st_mtime_ns == untouched
+    refused = run("sampler.py", *flags, "--seed", 7, expect=2)
+    assert "made with seed=0, now seed=7" in refused.stderr
+    assert np.asarray(Image.open(tmp_path / "out/grid.png")).shape == (64, 64, 3)
+
+
+def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
+    (tmp_path / "p.txt").write_text("Generate an image containing text.\n\nGenerate an image with no polyps.\n")
+    (tmp_path / "p.csv").write_text("Prompt;Filename\nGenerate an image containing text.;a\nGenerate an image with no polyps.;b\n")
+    for name in ("txt", "csv"):
+        run("sampler.py", "--ckpt", made / "msdm/last.safetensors", "--prompts", tmp_path / f"p.{name}", "--steps", 2,
+            "--out", tmp_path / name)
+    assert file_hash(tmp_path / "txt/images/000001.png") == file_hash(tmp_path / "csv/images/000001.png")
+
+
+@pytest.mark.parametrize("script, flags, said", [
+    ("sampler.py", ["--ckpt", "{root}/vae/best.safetensors", "--prompt", "x"], "expected an MSDM checkpoint, got 'vae'"),
+    ("sampler.py", ["--ckpt", "{root}/absent.safetensors", "--prompt", "x"], "no such file"),
+    ("sampler.py", ["--ckpt", "{root}/msdm/best.safetensors"], "give --prompt TEXT or --prompts FILE"),
+    ("sampler.py", ["--ckpt", "{root}/msdm/best.safetensors", "--prompt", "x", "--steps", "2000"], "1000 times"),
+    ("msdm.py", ["--data", "{root}/absent", "--vae", "{root}/vae/best.safetensors"], "absent"),
+    ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/msdm/best.safetensors"], "expected a checkpoint of vae.py"),
+    ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--size", "36"], "not divisible"),
+    ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--text-encoder", "absent/model"],
+     "--text-encoder train"),
+    ("vae.py", ["--data", "{root}/data", "--perceptual", "{root}/absent.pth"], "--perceptual"),
+])
+def test_bad_input_is_one_line_and_status_2(made, tmp_path, script, flags, said):
+    done = run(script, *[f.format(root=made) for f in flags], "--out", tmp_path / "out", expect=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0] and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "images").exists() and not (tmp_path / "out" / "last.safetensors").exists()

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+import weights
+from weights import BadInput
+
+
+def test_tensors_and_typed_metadata_come_back(tmp_path):
+    meta = {"n": 3, "x": 0.5, "config": {"channels": [1, 2]}, "none": None, "text": "a\nb"}
+    weights.save_safetensors(tmp_path / "a" / "f.safetensors", {"_orig_mod.w": torch.arange(6).view(2, 3).T}, meta)
+    tensors, read = weights.load_safetensors(tmp_path / "a" / "f.safetensors")
+    assert read == meta == weights.load_metadata(tmp_path / "a" / "f.safetensors")
+    assert list(tensors) == ["w"] and torch.equal(tensors["w"], torch.arange(6).view(2, 3).T)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "f.txt"
+    file.write_text("old")
+    with pytest.raises(RuntimeError), weights.replacing(file) as tmp:
+        tmp.write_text("half")
+        raise RuntimeError("disk full")
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.txt"]
+
+
+def test_a_load_that_does_not_fit_lists_everything(tmp_path):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    tensors = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(4), "1.weight": torch.zeros(1, 3), "2.x": torch.zeros(1)}
+    with pytest.raises(BadInput, match=r"not set: 1.bias; not read: 2.x; other shapes: 0.bias expected \(3,\), got \(4,\)"):
+        weights.load_state(net, tensors, "f.safetensors")
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (BadInput("no such thing"), 2, "error: no such thing\n"), (KeyboardInterrupt(), 130, None)])
+def test_exit_status_of_a_command(error, status, said, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        weights.run_command(main)
+    assert stopped.value.code == status
+    if said:
+        assert capsys.readouterr().err == said
