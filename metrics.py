@@ -436,8 +436,10 @@ def fid(real, fake) -> float:
 
 
 def distance_of_roots(mu_1, root_1, mu_2, root_2):
-    """With cov = R^T R and M = R_1 R_2^T, cov_1 cov_2 has the nonzero eigenvalues of the symmetric M M^T: a root of a
-    matrix that is not symmetric, and the small imaginary parts that come with it, are never needed.
+    """With cov = R^T R and M = R_1 R_2^T, cov_1 cov_2 has the nonzero eigenvalues of the symmetric M M^T.
+
+    So no root of an unsymmetric matrix is needed, nor the imaginary parts that come with one. Rounding: a zero eigenvalue
+    may come out as 1e-16 of the largest, its root as 1e-8 of it; svdvals(M) would be exact and takes several times as long.
     """
     m = root_1 @ root_2.T
     m = m if m.shape[0] <= m.shape[1] else m.T
@@ -585,7 +587,7 @@ def inception_score(logits, splits=10) -> tuple[float, float]:
 
 def as_features(x, name, least) -> torch.Tensor:
     """(n, d) of real numbers, at least `least` rows: float32 or float64, where it is."""
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(x).detach()
     if x.ndim != 2 or not x.shape[1] or x.is_complex():
         raise BadInput(f"{name}: expected an array (images, features), got shape {tuple(x.shape)}")
     if len(x) < least:
@@ -603,7 +605,7 @@ def two_sets(real, fake, least):
         raise BadInput(f"features of different widths: real {real.shape[1]}, fake {fake.shape[1]}")
     if real.dtype != fake.dtype:
         real, fake = real.double(), fake.double()
-    return real, fake
+    return real, fake.to(real.device)
 
 
 def as_moment(x, name, ndim):
@@ -846,7 +848,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     stats = args.real_stats
     if args.real is None and not (stats and stats.is_file()):
-        raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else "expected --real DIR")
+        raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else "expected --real, a folder")
     if stats and stats.suffix != ".safetensors" and not (stats.suffix == ".npz" and stats.is_file()):
         raise BadInput(f"{stats}: expected a .safetensors file, or an .npz that is there already")
     if args.batch_size < 1 or args.workers < 0:
@@ -865,6 +867,11 @@ def main(argv=None):
                        f"got {len(fake_paths)}")
     if not known and len(real_paths) <= K:
         raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, got {len(real_paths)}")
+    if known and args.real:
+        print(f"real features come from {args.real_stats}; {args.real} is not read", file=sys.stderr)
+    smaller = min(len(fake_paths), len(real_paths) or len(fake_paths))
+    if args.kid_subset_size is not None and not 2 <= args.kid_subset_size <= smaller:
+        raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, got {args.kid_subset_size}")
 
     size = common_side(fake_paths)
     device = best_device(args.device)

@@ -417,7 +417,7 @@ def test_bad_folders_are_named_in_one_line(folders, capsys):
     Image.new("RGB", (24, 24)).save(folders / "one" / "a.png")
     assert "at least 10 images" in error("--fake", folders / "one")
     assert "at least 4 images" in error("--real", folders / "one")
-    assert "subset size" in error("--kid-subset-size", 100)
+    assert "--kid-subset-size from 2 to 12" in error("--kid-subset-size", 100)
     (real / "zero.png").write_bytes(b"")
     assert "zero.png" in error() and "empty" in error("--workers", 1)
     (real / "zero.png").unlink()
