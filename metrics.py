@@ -1,0 +1,917 @@
+"""How close generated images come to real ones: FID, KID, precision, recall, F1 and Inception Score.
+
+FID               arXiv:1706.08500  Eq. 6     Frechet distance of two Gaussians fitted to Inception features
+KID               arXiv:1801.01401  Sec. 4    squared maximum mean discrepancy, cubic kernel, unbiased
+precision, recall arXiv:1904.06991  Eq. 1, 2  share of one set inside the k-nearest-neighbour balls of the other
+Inception Score   arXiv:1606.03498  Sec. 4    exp of the mean KL(p(y|x) || p(y)), by splits
+
+Features are those of the network that FID was defined on: TensorFlow's Inception of December 2015, 299 px, which is not
+torchvision's. The functions on arrays know nothing of images; the second half of the file turns folders into arrays.
+
+    python metrics.py --real data/kvasir --fake out/msdm
+    python metrics.py --real data/kvasir --fake out/msdm --protocol imageclef
+    python metrics.py --real data/phantom --fake out/tiny --weights rule          # needs no download: not comparable
+"""
+
+import argparse
+import math
+import pickle
+import shutil
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import SUFFIXES, UNREADABLE, open_image, preprocess
+from weights import (
+    BadInput,
+    best_device,
+    file_hash,
+    load_safetensors,
+    replacing,
+    run_command,
+    save_safetensors,
+    text_hash,
+    write_json,
+)
+
+# ---------------------------------------------------------------- the network
+
+
+class Conv(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, in_ch, out_ch, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(in_ch, out_ch, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_ch, eps=0.001)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+    def fold(self):
+        """The norm's fixed scale and shift into the convolution: the same function, one pass over memory less."""
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+
+
+def avg_pool(x):
+    """3x3 mean over the pixels that exist: TensorFlow does not count the padding, torchvision's Inception does."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x):
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+class InceptionA(nn.Module):
+    """35 x 35 (arXiv:1512.00567, Fig. 5)."""
+
+    def __init__(self, in_ch, pool_ch):
+        super().__init__()
+        self.branch1x1 = Conv(in_ch, 64, 1)
+        self.branch5x5_1 = Conv(in_ch, 48, 1)
+        self.branch5x5_2 = Conv(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = Conv(in_ch, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, padding=1)
+        self.branch_pool = Conv(in_ch, pool_ch, 1)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(avg_pool(x)),
+        ], 1)
+
+
+class InceptionB(nn.Module):
+    """35 x 35 -> 17 x 17."""
+
+    def __init__(self, in_ch):
+        super().__init__()
+        self.branch3x3 = Conv(in_ch, 384, 3, stride=2)
+        self.branch3x3dbl_1 = Conv(in_ch, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        return torch.cat([
+            self.branch3x3(x),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            F.max_pool2d(x, 3, stride=2),
+        ], 1)
+
+
+class InceptionC(nn.Module):
+    """17 x 17, 7x7 convolutions as rows and columns (Fig. 6)."""
+
+    def __init__(self, ch):
+        super().__init__()
+        row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        self.branch1x1 = Conv(768, 192, 1)
+        self.branch7x7_1 = Conv(768, ch, 1)
+        self.branch7x7_2 = Conv(ch, ch, **row)
+        self.branch7x7_3 = Conv(ch, 192, **column)
+        self.branch7x7dbl_1 = Conv(768, ch, 1)
+        self.branch7x7dbl_2 = Conv(ch, ch, **column)
+        self.branch7x7dbl_3 = Conv(ch, ch, **row)
+        self.branch7x7dbl_4 = Conv(ch, ch, **column)
+        self.branch7x7dbl_5 = Conv(ch, 192, **row)
+        self.branch_pool = Conv(768, 192, 1)
+
+    def forward(self, x):
+        y = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(y)),
+            self.branch_pool(avg_pool(x)),
+        ], 1)
+
+
+class InceptionD(nn.Module):
+    """17 x 17 -> 8 x 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch3x3_1 = Conv(768, 192, 1)
+        self.branch3x3_2 = Conv(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = Conv(768, 192, 1)
+        self.branch7x7x3_2 = Conv(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = Conv(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        y = self.branch7x7x3_2(self.branch7x7x3_1(x))
+        return torch.cat([
+            self.branch3x3_2(self.branch3x3_1(x)),
+            self.branch7x7x3_4(self.branch7x7x3_3(y)),
+            F.max_pool2d(x, 3, stride=2),
+        ], 1)
+
+
+class InceptionE(nn.Module):
+    """8 x 8, branches that fan out (Fig. 7). The last block of the graph of 2015 pools by maximum, not by mean."""
+
+    def __init__(self, in_ch, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(in_ch, 320, 1)
+        self.branch3x3_1 = Conv(in_ch, 384, 1)
+        self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = Conv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = Conv(in_ch, 448, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = Conv(in_ch, 192, 1)
+
+    def forward(self, x):
+        y = self.branch3x3_1(x)
+        z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return torch.cat([
+            self.branch1x1(x),
+            self.branch3x3_2a(y), self.branch3x3_2b(y),
+            self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z),
+            self.branch_pool(self.pool(x)),
+        ], 1)
+
+
+class Inception(nn.Module):
+    """The FID network: uint8 (b, 3, h, w) of any size -> its features by width, and logits of 1,008 classes.
+
+    weights: a file in the published names, "rule" for random ones that a rule makes, a state dict, or None for the
+    published file, out of the user's cache or downloaded into it. `source` and `published` say what numbers rest on.
+    """
+
+    def __init__(self, weights=None):
+        super().__init__()
+        with torch.device("meta"):                          # shapes only: the values come from the file
+            self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+            self.Conv2d_2a_3x3 = Conv(32, 32, 3)
+            self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
+            self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+            self.Conv2d_4a_3x3 = Conv(80, 192, 3)
+            self.Mixed_5b = InceptionA(192, 32)
+            self.Mixed_5c = InceptionA(256, 64)
+            self.Mixed_5d = InceptionA(288, 64)
+            self.Mixed_6a = InceptionB(288)
+            self.Mixed_6b = InceptionC(128)
+            self.Mixed_6c = InceptionC(160)
+            self.Mixed_6d = InceptionC(160)
+            self.Mixed_6e = InceptionC(192)
+            self.Mixed_7a = InceptionD()
+            self.Mixed_7b = InceptionE(1280, avg_pool)
+            self.Mixed_7c = InceptionE(2048, max_pool)
+            self.fc = nn.Linear(2048, 1008)
+        self.source = fill(self, weights, "fid")
+        self.published = self.source == PUBLISHED["fid"]["sha256"]
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.fold()
+        self.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def forward(self, images, resize="tf1"):
+        x = (resized(images, resize, self.Conv2d_1a_3x3.conv.weight.device) - 128) / 128
+        features = {}
+        with no_tf32():
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+            x = F.max_pool2d(x, 3, stride=2)
+            features["64"] = x.mean((2, 3))
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+            x = F.max_pool2d(x, 3, stride=2)
+            features["192"] = x.mean((2, 3))
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
+            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+            features["768"] = x.mean((2, 3))
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
+            features["2048"] = x.mean((2, 3))
+            if self.fc is not None:
+                features["logits_unbiased"] = F.linear(features["2048"], self.fc.weight)    # for the Inception Score
+                features["logits"] = features["logits_unbiased"] + self.fc.bias
+        return features
+
+
+class ImageNetInception(nn.Module):
+    """torchvision's Inception-v3, as trained on ImageNet: uint8 (b, 3, h, w) -> {"logits": (b, 1000)}."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        from torchvision.models import inception_v3  # here, because FID need not pay its 150 MB of memory
+
+        with torch.device("meta"):
+            self.net = inception_v3(weights=None, aux_logits=False, init_weights=False)
+        self.source = fill(self.net, weights, "imagenet")
+        self.published = self.source.startswith(PUBLISHED["imagenet"]["sha256"])
+        self.eval().to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def forward(self, images, resize="antialias"):
+        x = resized(images, resize, self.net.fc.weight.device) / 127.5 - 1      # as in training, and as Keras does
+        with no_tf32():
+            return {"logits": self.net(x)}
+
+
+def no_tf32():
+    """cuDNN would else convolve with 10 bits of mantissa, and features differ from the CPU's in the third digit."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def resized(images, how, device):
+    """uint8 (b, 3, h, w) -> float (b, 3, 299, 299), still 0 to 255."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise BadInput(f"images: expected uint8 (b, 3, h, w), got {images.dtype} {tuple(images.shape)}")
+    x = images.to(device).float()
+    if how == "tf1":
+        x = tf1_bilinear(x, 299)
+    elif how == "antialias":
+        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False, antialias=True)
+    else:
+        raise BadInput(f'resize: expected "tf1" or "antialias", got {how!r}')
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def tf1_bilinear(x, size):
+    """TensorFlow 1's resize_bilinear: output i looks at input i * n / size; no half-pixel centres, no antialiasing."""
+    for dim in (2, 3):
+        n = x.shape[dim]
+        where = torch.arange(size, device=x.device) * (n / size)
+        low = where.long().clamp(max=n - 1)
+        high = (low + 1).clamp(max=n - 1)
+        weight = (where - low).view(-1, *[1] * (3 - dim))
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
+    return x
+
+
+# ---------------------------------------------------------------- its weights
+
+PUBLISHED = {
+    "fid": {
+        "files": ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),    # one content
+        "url": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
+        "sha256": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    },
+    "imagenet": {
+        "files": ("inception_v3_google-0cc3c7bd.pth",),
+        "url": "https://download.pytorch.org/models/",
+        "sha256": "0cc3c7bd",                              # torchvision publishes the first digits, in the file's name
+    },
+}
+# The published file goes by torchvision's names. pytorch-fid's module holds the layers by position, without the logits
+BY_POSITION = {
+    f"blocks.{block}.{i}.": f"{name}."
+    for block, names in enumerate((
+        "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3",
+        "Conv2d_3b_1x1 Conv2d_4a_3x3",
+        "Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e",
+        "Mixed_7a Mixed_7b Mixed_7c",
+    ))
+    for i, name in enumerate(names.split())
+}
+
+
+def fill(net, weights, which):
+    """Fill a network on the meta device, strictly. Returns what its weights are: a SHA-256, "rule" or "state dict"."""
+    if isinstance(weights, dict):
+        tensors, source, name = weights, "state dict", "weights"
+    elif weights == "rule":
+        tensors, source, name = rule_weights(net.state_dict()), "rule", "rule"
+    else:
+        path = Path(weights) if weights else published_file(which)
+        tensors, source, name = read_state(path), file_hash(path), path
+    found = {}
+    for key, value in tensors.items():
+        prefix = next((p for p in BY_POSITION if key.startswith(p)), None)
+        if not key.startswith("AuxLogits."):                # torchvision's training head
+            found[BY_POSITION[prefix] + key.removeprefix(prefix) if prefix else key] = value
+    if "blocks.0.0.conv.weight" in tensors:
+        net.fc = None
+    own = net.state_dict()
+    for key in own:
+        if key.endswith("num_batches_tracked"):             # older files lack it; nothing reads it
+            found.setdefault(key, torch.tensor(0))
+    missing, extra = [k for k in own if k not in found], [k for k in found if k not in own]
+    shapes = [k for k in own if k in found and own[k].shape != found[k].shape]
+    problems = [f"{len(keys)} {what}, first {keys[0]}"
+                for keys, what in ((missing, "tensors missing"), (extra, "unknown")) if keys]
+    problems += [f"{k} is {tuple(found[k].shape)}, expected {tuple(own[k].shape)}" for k in shapes[:2]]
+    if problems:
+        kind = {"fid": "the FID Inception", "imagenet": "torchvision's ImageNet Inception-v3"}[which]
+        raise BadInput(f"{name}: weights of another network, expected {kind}: " + "; ".join(problems))
+    net.load_state_dict({k: v if k.endswith("tracked") else v.float() for k, v in found.items()}, assign=True)
+    net.eval().requires_grad_(False)
+    return source
+
+
+def read_state(path):
+    """State dict of a .safetensors file, or of a .pth that holds tensors and nothing that must be unpickled."""
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)[0]
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file, expected Inception weights (.pth or .safetensors)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+    return state
+
+
+def published_file(which):
+    """The published weights in torch's cache, where this field's libraries put them; downloaded when absent."""
+    known = PUBLISHED[which]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for path in (folder / name for name in known["files"]):
+        if path.is_file():
+            return checked(path, known["sha256"])
+    path, url = folder / known["files"][0], known["url"] + known["files"][0]
+    try:
+        with replacing(path) as tmp:
+            with urllib.request.urlopen(url, timeout=30) as source, open(tmp, "wb") as out:
+                size = int(source.headers.get("Content-Length", 0))
+                with tqdm.wrapattr(out, "write", total=size, desc=path.name) as target:
+                    shutil.copyfileobj(source, target)
+            checked(tmp, known["sha256"])
+    except OSError as error:                                # URLError and time-outs are OSErrors
+        raise BadInput(f"Inception weights: not in {folder} and the download failed ({error}); fetch {url} "
+                       "elsewhere and put it there, or name it with --weights") from None
+    return path
+
+
+def checked(path, sha256):
+    found = file_hash(path)
+    if not found.startswith(sha256):
+        raise BadInput(f"{path}: SHA-256 is {found}, expected {sha256}: delete it, it is not the published file")
+    return path
+
+
+def rule_weights(state):
+    """Random weights for the same shapes: keys in sorted order, one generator seeded 0, activations of unit size."""
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for key in sorted(state):
+        shape = state[key].shape
+        if key.endswith("num_batches_tracked"):
+            weights[key] = torch.tensor(0)
+        elif key.endswith("running_var"):
+            weights[key] = 1 + 0.2 * torch.rand(shape, generator=generator)
+        elif key.endswith(("running_mean", "bias")):
+            weights[key] = 0.05 * torch.randn(shape, generator=generator)
+        elif len(shape) == 1:
+            weights[key] = torch.ones(shape)
+        else:
+            weights[key] = torch.randn(shape, generator=generator) * math.sqrt(2 / math.prod(shape[1:]))
+    return weights
+
+
+# ---------------------------------------------------------------- statistics of feature arrays
+
+def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
+    """|mu_1 - mu_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2)) of two Gaussians, singular covariances included."""
+    mu_1, mu_2 = (as_moment(mu, f"mu_{i}", 1) for i, mu in ((1, mu_1), (2, mu_2)))
+    cov_1, cov_2 = (as_moment(cov, f"cov_{i}", 2) for i, cov in ((1, cov_1), (2, cov_2)))
+    if not len(mu_1) == len(mu_2) == len(cov_1) == len(cov_2):
+        raise BadInput(f"Frechet distance: expected equal widths, got mu {len(mu_1)} and {len(mu_2)}, "
+                       f"cov {len(cov_1)} and {len(cov_2)}")
+    return distance_of_roots(mu_1, root(cov_1, "cov_1"), mu_2, root(cov_2, "cov_2"))
+
+
+def fid(real, fake) -> float:
+    """Frechet distance of Gaussians fitted to two sets of features (n, d), unbiased covariances."""
+    real, fake = two_sets(real, fake, least=2)
+    return distance_of_roots(*mean_and_root(real), *mean_and_root(fake))
+
+
+def distance_of_roots(mu_1, root_1, mu_2, root_2):
+    """With cov = R^T R and M = R_1 R_2^T, cov_1 cov_2 has the nonzero eigenvalues of the symmetric M M^T.
+
+    So no root of an unsymmetric matrix is needed, nor the imaginary parts that come with one. Rounding: a zero eigenvalue
+    may come out as 1e-16 of the largest, its root as 1e-8 of it; svdvals(M) would be exact and takes several times as long.
+    """
+    m = root_1 @ root_2.T
+    m = m if m.shape[0] <= m.shape[1] else m.T
+    trace = torch.linalg.eigvalsh(m @ m.T).clamp_min(0).sqrt().sum()
+    distance = (mu_1 - mu_2).square().sum() + root_1.square().sum() + root_2.square().sum() - 2 * trace
+    return max(0.0, distance.item())
+
+
+def mean_and_root(x):
+    """mu and R with R^T R the covariance of the rows of x. With fewer rows than columns R is the centred rows."""
+    n, d = x.shape
+    mu = x.mean(0, dtype=torch.float64)
+    return mu, (x.double() - mu) / math.sqrt(n - 1) if n <= d else root(covariance(x, mu), "covariance")
+
+
+def covariance(x, mu):
+    cov = torch.zeros(len(mu), len(mu), dtype=torch.float64, device=x.device)
+    for rows in x.split(1024):                              # never the whole set in float64
+        rows = rows.double() - mu
+        cov.addmm_(rows.T, rows)
+    return cov.div_(len(x) - 1)
+
+
+def root(cov, name):
+    """R (rank, d) with R^T R = cov: Cholesky with pivots (LAPACK's pstrf), which ends where a singular one does."""
+    factor, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov.cpu().numpy().T, lower=1)
+    r = torch.from_numpy(factor.T[:rank]).triu()[:, np.argsort(pivot)].to(cov.device)
+    if (cov.trace() - r.square().sum()).abs() > 1e-6 * cov.trace().abs():
+        raise BadInput(f"{name}: has negative eigenvalues, expected a covariance")
+    return r
+
+
+def kid(real, fake, subset_size: int | None = None, subsets=100, seed=0) -> tuple[float, float]:
+    """Squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, unbiased (it may be negative); standard error.
+
+    None: over the whole sets, the error to first order from each image's share in the sum. Else the mean over random
+    subsets; those overlap, so they count as independent only as often as they fit side by side.
+    """
+    real, fake = two_sets(real, fake, least=2)
+    if subset_size is None:
+        return mmd(real, fake)
+    n = min(len(real), len(fake))
+    if not 2 <= subset_size <= n:
+        raise BadInput(f"KID: expected a subset size from 2 to {n}, the smaller set, got {subset_size}")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = (x[rng.choice(len(x), subset_size, replace=False)] for x in (real, fake))
+        values.append(mmd(x, y)[0])
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n / subset_size))
+
+
+def mmd(x, y):
+    """(MMD^2, standard error) by U-statistics: arXiv:1801.01401, Eq. 4; the error is that of their linear part."""
+    m, n = len(x), len(y)
+    xx, yy = ((kernel_sums(a, a)[0] - (a.double().square().mean(1) + 1) ** 3) / (len(a) - 1) for a in (x, y))
+    over_y, over_x = kernel_sums(x, y)
+    over_y, over_x = over_y / n, over_x / m                 # mean kernel of each x with all y, of each y with all x
+    value = xx.mean() + yy.mean() - over_y.mean() - over_x.mean()
+    variance = 4 * ((xx - over_y).var() / m + (yy - over_x).var() / n)
+    return value.item(), variance.sqrt().item()
+
+
+def kernel_sums(x, y):
+    """Sums over the rows and over the columns of the kernel matrix, in float64, a strip of it at a time."""
+    y, rows, columns = y.double(), [], 0
+    for strip in x.split(512):
+        k = (strip.double() @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+        rows.append(k.sum(1))
+        columns = columns + k.sum(0)
+    return torch.cat(rows), columns
+
+
+def precision_recall(real, fake, k=3) -> tuple[float, float]:
+    """Precision: share of fakes inside the k-nearest-neighbour balls of the reals. Recall: the reverse. (Eq. 1, 2)
+
+    Distances come from a float32 product, a strip at a time. Wherever its rounding could decide, the pair is measured
+    again in float64: a duplicate is at distance 0, and a ball contains its rim.
+    """
+    real, fake = two_sets(real, fake, least=k + 1)
+    ball_real, ball_fake = radii(real, k), radii(fake, k)
+    centre = real.mean(0)
+    small, norm = centred(real, centre)
+    in_real, in_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
+    for i in torch.arange(len(fake), device=fake.device).split(256):
+        d2, slack = squared_distances(*centred(fake[i], centre), small, norm)
+        in_real[i] = inside(d2 - ball_real.float(), fake[i], real, ball_real, slack)
+        in_fake |= inside((d2 - ball_fake[i, None].float()).T, real, fake[i], ball_fake[i], slack)
+    return in_real.double().mean().item(), in_fake.double().mean().item()
+
+
+def f1_score(precision, recall) -> float:
+    """Harmonic mean; 0 where both are 0."""
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def radii(x, k):
+    """Squared distance of every row to its k-th neighbour, in float64. k + 1: the nearest to a point is itself."""
+    small, norm = centred(x, x.mean(0))
+    out = []
+    for i in torch.arange(len(x), device=x.device).split(256):
+        d2, _ = squared_distances(small[i], norm[i], small, norm)
+        near = d2.topk(min(k + 3, len(x)), largest=False).indices                 # two spare: float32 may swap them
+        exact = torch.cdist(x[i, None].double(), x[near].double(), compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+        out.append(exact.kthvalue(k + 1).values.square())
+    return torch.cat(out)
+
+
+def inside(gap, a, b, ball, slack):
+    """Which rows of a lie in a ball of b; gap (a, b) is squared distance minus squared radius, uncertain by slack."""
+    low, at = gap.min(1)
+    found = low < -slack
+    unsure = (low.abs() <= slack).nonzero()[:, 0]
+    rim = ball * (1 + 1e-12)                                # sums of 2,048 squares in another order
+    found[unsure] = (a[unsure].double() - b[at[unsure]]).square().sum(1) <= rim[at[unsure]]
+    for i in unsure[~found[unsure]]:                        # the closest call was a miss; rarely another one is a hit
+        others = (gap[i] <= slack).nonzero()[:, 0]
+        found[i] = ((a[i].double() - b[others]).square().sum(1) <= rim[others]).any()
+    return found
+
+
+def centred(x, centre):
+    """x about a centre in float32 (small numbers round less), and its squared norms."""
+    small = (x - centre).float()
+    return small, torch.linalg.vector_norm(small, dim=1).square()
+
+
+def squared_distances(a, norm_a, b, norm_b):
+    """|a|^2 + |b|^2 - 2 a.b for every row of a with every row of b, and a bound on its rounding."""
+    slack = 4 * torch.finfo(torch.float32).eps * math.sqrt(a.shape[1]) * (norm_a.max() + norm_b.max())
+    return torch.addmm(norm_b, a, b.T, alpha=-2).add_(norm_a[:, None]), slack.item()
+
+
+def inception_score(logits, splits=10) -> tuple[float, float]:
+    """Mean and standard deviation over equal splits, in the order given, of exp(mean KL(p(y|x) || p(y)))."""
+    logits = as_features(logits, "logits", least=splits)
+    scores = []
+    for i in range(splits):
+        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double().log_softmax(1)
+        p = log_p.exp()
+        log_marginal = p.mean(0).clamp_min(torch.finfo(p.dtype).tiny).log()
+        scores.append((p * (log_p - log_marginal)).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def as_features(x, name, least) -> torch.Tensor:
+    """(n, d) of real numbers, at least `least` rows: float32 or float64, where it is."""
+    x = torch.as_tensor(x).detach()
+    if x.ndim != 2 or not x.shape[1] or x.is_complex():
+        raise BadInput(f"{name}: expected an array (images, features), got shape {tuple(x.shape)}")
+    if len(x) < least:
+        raise BadInput(f"{name}: expected at least {least} images, got {len(x)}")
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if not x.isfinite().all():
+        row = (~x.isfinite()).any(1).nonzero()[0].item()
+        raise BadInput(f"{name}: row {row} holds NaN or infinity")
+    return x
+
+
+def two_sets(real, fake, least):
+    real, fake = as_features(real, "real", least), as_features(fake, "fake", least)
+    if real.shape[1] != fake.shape[1]:
+        raise BadInput(f"features of different widths: real {real.shape[1]}, fake {fake.shape[1]}")
+    if real.dtype != fake.dtype:
+        real, fake = real.double(), fake.double()
+    return real, fake.to(real.device)
+
+
+def as_moment(x, name, ndim):
+    x = torch.as_tensor(x, dtype=torch.float64)
+    if x.ndim != ndim or ndim == 2 and len(x) != x.shape[1]:
+        raise BadInput(f"{name}: expected a {'square matrix' if ndim == 2 else 'vector'}, got shape {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise BadInput(f"{name}: holds NaN or infinity")
+    if ndim == 2 and (x - x.T).abs().max() > 1e-6 * x.abs().max():
+        raise BadInput(f"{name}: not symmetric, expected a covariance")
+    return x
+
+
+# ---------------------------------------------------------------- every number of two sets
+
+SPLITS, K, PARTS = 10, 3, 4
+
+
+def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0) -> dict:
+    """Every number of two sets {"features", "logits"}, real or {"mu", "sigma"}; whole=False: FID and Inception Score.
+
+    FID falls as n grows. What it can tell stands beside it: two disjoint halves of the real set against each other, as
+    many fakes against one of these halves, and the spread over disjoint parts of both sets.
+    """
+    rng, out = np.random.default_rng(seed), {}
+    x, logits = shuffled(fake, rng)                         # files lie in the order of their prompts: splits must not
+    if logits is not None:
+        out["inception_score"], out["inception_score_std"] = inception_score(logits, SPLITS)
+    if "mu" in real:
+        mu, r = mean_and_root(as_features(x, "fake", least=2))
+        return out | {"fid": frechet_distance(real["mu"], real["sigma"], mu, r.T @ r)}
+    y, logits = shuffled(real, rng)
+    if logits is not None and len(logits) >= SPLITS:
+        out["inception_score_real"], out["inception_score_real_std"] = inception_score(logits, SPLITS)
+    out["fid"] = fid(y, x)
+    n = out["n_half"] = min(len(y) // 2, len(x))
+    out["fid_real_half"], out["fid_fake_half"] = fid(y[:n], y[n:2 * n]), fid(y[:n], x[:n])
+    n = out["n_part"] = min(len(y), len(x)) // PARTS
+    if n > 1:
+        parts = [fid(a, b) for a, b in zip(y.split(n)[:PARTS], x.split(n)[:PARTS], strict=True)]
+        out["fid_parts"], out["fid_parts_std"] = float(np.mean(parts)), float(np.std(parts, ddof=1))
+    if whole:
+        out["kid"], out["kid_error"] = kid(y, x, kid_subset_size)
+        out["precision"], out["recall"] = precision_recall(y, x, K)
+        out["f1"] = f1_score(out["precision"], out["recall"])
+    return out
+
+
+def shuffled(features, rng):
+    order = rng.permutation(len(features["features"]))
+    return features["features"][order], features["logits"][order] if "logits" in features else None
+
+
+# ---------------------------------------------------------------- folders to features
+
+def image_files(folder):
+    """The images of a data folder (images/ in it) or of a plain folder, sorted. Other files are left out."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder, expected one of images")
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in SUFFIXES]
+    if not images:
+        raise BadInput(f"{root}: holds no images ({', '.join(SUFFIXES)})")
+    if others := [p.name for p in files if p.suffix.lower() not in SUFFIXES]:
+        print(f"{root}: {len(others)} other files left out, first {others[0]}", file=sys.stderr)
+    return images
+
+
+def common_side(paths) -> int:
+    """Longer side of images that all have one size; a square of it is what every image is compared in."""
+    sizes = {}
+    for path in paths:
+        try:
+            with Image.open(path) as img:
+                size = img.size
+        except UNREADABLE:
+            size = open_image(path).size                    # raises with the reason
+        first = sizes.setdefault(size, path.name)
+        if len(sizes) > 1:
+            (width, height), name = next(iter(sizes.items()))
+            raise BadInput(f"{path}: expected generated images of one size, {name} is {width}x{height}, "
+                           f"{first} is {size[0]}x{size[1]}")
+    return max(size)
+
+
+class Pictures(Dataset):
+    """uint8 (3, size, size), padded to a square as in training; size None: 299 px by numpy.resize."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            img = open_image(self.paths[i])
+        except BadInput as error:
+            return str(error)                               # raised, it would leave the worker as a page of traceback
+        pixels = np.resize(np.asarray(img), (299, 299, 3)) if self.size is None else preprocess(img, self.size)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def collate(items):
+    bad = [x for x in items if isinstance(x, str)]
+    return bad[0] if bad else torch.stack(items)
+
+
+def extract(net, paths, size, resize="tf1", names=("2048",), batch_size=32, workers=2, what="images"):
+    """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable one stops it: counts are true."""
+    loader = DataLoader(Pictures(paths, size), batch_size, num_workers=workers, collate_fn=collate)
+    parts = []
+    with tqdm(total=len(paths), desc=what, unit="image") as bar:
+        for images in loader:
+            if isinstance(images, str):
+                raise BadInput(images)
+            features = net(images, resize)
+            parts.append({name: features[name].float().cpu() for name in names if name in features})
+            bar.update(len(images))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def folder_key(paths, *protocol):
+    """What features depend on: every file's name, size and time of change, and the protocol."""
+    files = ((p.name, p.stat()) for p in paths)
+    return text_hash("features 1", *protocol, *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in files))
+
+
+def cached(path, compute):
+    """Tensors of a safetensors file; computed, and written there, when it is absent or broken."""
+    try:
+        return load_safetensors(path)[0]
+    except BadInput:
+        tensors = compute()
+    try:
+        save_safetensors(path, tensors)
+    except OSError as error:
+        print(f"features not cached: {path}: {error.strerror}; name a folder with --cache", file=sys.stderr)
+    return tensors
+
+
+def read_stats(path, protocol):
+    """Real features as --real-stats wrote them, or the mu and sigma of an .npz as other tools write them."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                moments = {name: torch.from_numpy(f[name]) for name in ("mu", "sigma")}
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            raise BadInput(f"{path}: expected an .npz with mu and sigma ({error})") from None
+        print(f"{path}: says nothing of weights, resize or size; taken on trust", file=sys.stderr)
+        return moments
+    tensors, metadata = load_safetensors(path)
+    if "features" not in tensors:
+        raise BadInput(f"{path}: not a file of --real-stats, it holds {', '.join(list(tensors)[:3]) or 'nothing'}")
+    for name, value in protocol.items():
+        if metadata.get(name) != value:
+            raise BadInput(f"{path}: made with {name} {metadata.get(name)}, this run has {value}")
+    return tensors
+
+
+# ---------------------------------------------------------------- command line
+
+PROTOCOLS = {
+    "fid": "pooled features (2,048) of the FID Inception",
+    "imageclef": "softmax (1,000) of torchvision's ImageNet Inception-v3, images re-flowed by numpy.resize",
+    "imageclef-resized": "softmax (1,000) of torchvision's ImageNet Inception-v3, images really resized",
+}
+NOTES = {
+    "fid": [],
+    "imageclef": [
+        "the organisers' protocol: distances of softmax outputs lie in [0, 2] and are not comparable with FIDs of the",
+        "pooled features (--protocol fid); they used Keras' weights, so figures agree with theirs only approximately",
+    ],
+    "imageclef-resized": [
+        "the organisers' features without their numpy.resize: not comparable with their figures, nor with FIDs of the",
+        "pooled features (--protocol fid); they used Keras' weights, these are torchvision's",
+    ],
+}
+
+
+def table(numbers, setting) -> str:
+    """Numbers, and the protocol that they rest on, as text."""
+    def row(name, key, note="", error=None, scale=1):
+        if key not in numbers:
+            return f"{name:<34}{'-':>10}"
+        spread = f" ± {scale * numbers[error]:.4f}" if error else ""
+        return f"{name:<34}{scale * numbers[key]:>10.4f}{spread:<13}{note}".rstrip()
+
+    n_real, n_fake, n_half, n_part = ((numbers | setting).get(n) for n in ("n_real", "n_fake", "n_half", "n_part"))
+    rows = [
+        row("FID", "fid", f"{n_real or 'unknown'} real, {n_fake} fake"),
+        row("  real half against real half", "fid_real_half", f"{n_half} and {n_half}: what a perfect model gets"),
+        row("  real half against as many fakes", "fid_fake_half", f"{n_half} and {n_half}"),
+        row(f"  mean of {PARTS} disjoint parts", "fid_parts", f"{n_part} and {n_part}, std. dev.", "fid_parts_std"),
+    ]
+    if setting["protocol"] == "fid":
+        subsets = f"100 subsets of {setting['kid_subset_size']}" if setting["kid_subset_size"] else "whole sets"
+        rows += [
+            row("KID x 1000", "kid", f"{subsets}, std. error", "kid_error", 1000),
+            row("precision", "precision", f"k = {K}, fakes near reals"),
+            row("recall", "recall", f"k = {K}, reals near fakes"),
+            row("F1", "f1"),
+        ]
+    rows += [
+        row("Inception Score", "inception_score", f"{SPLITS} splits, std. dev.", "inception_score_std"),
+        row("  of the real images", "inception_score_real", f"{SPLITS} splits", "inception_score_real_std"),
+        "",
+    ]
+    published = "the published file" if setting["weights_published"] else "not the published file"
+    facts = {
+        "real": f"{setting['real']}: {n_real or 'an unknown number of'} images",
+        "fake": f"{setting['fake']}: {n_fake} images",
+        "images": f"padded to a square, {setting['size']} px" if setting["size"] else "as they are",
+        "features": PROTOCOLS[setting["protocol"]],
+        "resize": f"{setting['resize']}, to 299 px",
+        "weights": f"{setting['weights'][:16]}, {published}",
+        "time": f"{setting['seconds']:.1f} s on {setting['device']}",
+    }
+    return "\n".join(rows + [f"{name:<10}{fact}" for name, fact in facts.items()] + setting["notes"])
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="FID, KID, precision, recall, F1, Inception Score of image folders.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--real", type=Path, help="folder of real images, of any sizes")
+    parser.add_argument("--fake", type=Path, required=True, help="folder of generated images, all of one size")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="fid", help="fid, or what MEDVQA-GI 2024 computed")
+    parser.add_argument("--resize", choices=("tf1", "antialias"), default="tf1", help="to 299 px, as which library")
+    parser.add_argument("--weights", help='Inception weights: a .pth or .safetensors file, or "rule" for random ones; '
+                        "unset, the published file out of the cache or downloaded")
+    parser.add_argument("--kid-subset-size", type=int, help="images in each of 100 random subsets; unset, whole sets")
+    parser.add_argument("--real-stats", type=Path, help="file of the real features, written if absent, else read")
+    parser.add_argument("--cache", type=Path, help="folder for features; unset, .features beside each image folder")
+    parser.add_argument("--json", type=Path, help="file for every number and setting")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time through the network")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+    args = parser.parse_args(argv)
+    stats = args.real_stats
+    if args.real is None and not (stats and stats.is_file()):
+        raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else "expected --real, a folder")
+    if stats and stats.suffix != ".safetensors" and not (stats.suffix == ".npz" and stats.is_file()):
+        raise BadInput(f"{stats}: expected a .safetensors file, or an .npz that is there already")
+    if args.batch_size < 1 or args.workers < 0:
+        raise BadInput(f"expected --batch-size >= 1 and --workers >= 0, got {args.batch_size} and {args.workers}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    start = time.perf_counter()
+    fake_paths = image_files(args.fake)
+    known = args.real_stats and args.real_stats.is_file()
+    real_paths = [] if known else image_files(args.real)
+    if len(fake_paths) < SPLITS:
+        raise BadInput(f"{args.fake}: expected at least {SPLITS} images, one a split of the Inception Score, "
+                       f"got {len(fake_paths)}")
+    if not known and len(real_paths) <= K:
+        raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, got {len(real_paths)}")
+    if known and args.real:
+        print(f"real features come from {args.real_stats}; {args.real} is not read", file=sys.stderr)
+    smaller = min(len(fake_paths), len(real_paths) or len(fake_paths))
+    if args.kid_subset_size is not None and not 2 <= args.kid_subset_size <= smaller:
+        raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, got {args.kid_subset_size}")
+
+    size = common_side(fake_paths)
+    device = best_device(args.device)
+    net = (Inception if args.protocol == "fid" else ImageNetInception)(args.weights).to(device)
+    reflow = args.protocol == "imageclef"
+    protocol = {"protocol": args.protocol, "weights": net.source, "size": None if reflow else size,
+                "resize": "numpy.resize" if reflow else args.resize}
+
+    def features(folder, paths, what):
+        def compute():
+            out = extract(net, paths, protocol["size"], args.resize, ("2048", "logits_unbiased", "logits"),
+                          args.batch_size, args.workers, what)
+            if args.protocol == "fid":
+                out = {"features": out["2048"], "logits": out.get("logits_unbiased")}
+                return {name: x for name, x in out.items() if x is not None}
+            return {"features": out["logits"].double().softmax(1).float(), "logits": out["logits"]}
+
+        folder = folder.resolve()
+        name = f"{folder.name}-{folder_key(paths, *protocol.values())}.safetensors"
+        return cached((args.cache or folder.parent / ".features") / name, compute)
+
+    fake = features(args.fake, fake_paths, "fake images")
+    real = read_stats(args.real_stats, protocol) if known else features(args.real, real_paths, "real images")
+    if args.real_stats and not known:
+        save_safetensors(args.real_stats, real, protocol)
+    numbers = evaluate(real, fake, args.protocol == "fid", args.kid_subset_size)
+
+    notes = list(NOTES[args.protocol])
+    if not net.published:
+        notes.append("not comparable with any published number: these are not the published weights")
+    setting = protocol | {
+        "real": str(args.real_stats if known else args.real), "fake": str(args.fake),
+        "n_real": len(real["features"]) if "features" in real else None, "n_fake": len(fake_paths),
+        "k": K, "splits": SPLITS, "kid_subset_size": args.kid_subset_size, "weights_published": net.published,
+        "device": str(device), "seconds": time.perf_counter() - start, "notes": notes,
+    }
+    print(table(numbers, setting))
+    if args.json:
+        write_json(args.json, numbers | setting)
+
+
+if __name__ == "__main__":
+    run_command(main)

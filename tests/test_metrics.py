@@ -1,0 +1,437 @@
+"""metrics.py against recorded reference outputs, and as mathematics: identities, exactness, files, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import metrics
+from weights import BadInput
+
+GOLDEN = Path(__file__).parent / "golden" / "metrics"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "metrics"
+
+
+def normal(n, d, seed=0, shift=0.0, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype) + shift
+
+
+# ---------------------------------------------------------------- the network
+
+@pytest.fixture(scope="module")
+def net():
+    return metrics.Inception("rule")
+
+
+@pytest.mark.parametrize("folder", [GOLDEN, SHARED], ids=["golden", "shared"])
+def test_inception_meets_the_reference(net, folder):
+    """Golden holds one image of each size, the shared folder three."""
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    recorded = load_file(folder / "inception-recorded.safetensors")
+    for size in ("small", "big"):
+        for resize in ("tf1", "antialias"):
+            features = net(recorded[f"images_{size}"], resize)
+            assert list(features) == ["64", "192", "768", "2048", "logits_unbiased", "logits"]
+            for name, x in features.items():
+                torch.testing.assert_close(x, recorded[f"{resize}.{size}.{name}"], rtol=0, atol=2e-5)
+
+
+def test_tf1_bilinear_starts_at_the_corner():
+    x = torch.tensor([[0.0, 4.0]]).view(1, 1, 1, 2)
+    assert metrics.tf1_bilinear(x, 4)[0, 0, 0].tolist() == [0, 2, 4, 4]
+    x = normal(2, 3 * 7 * 7).view(2, 3, 7, 7).float()
+    assert torch.equal(metrics.tf1_bilinear(x, 7), x)
+
+
+def test_weights_of_other_names_and_of_other_networks(tmp_path):
+    def first_layers(weights):
+        net = metrics.Inception(weights)
+        return net, net.Conv2d_2a_3x3.conv.weight
+
+    state = published_names()
+    net, expected = first_layers(dict(state))
+    assert net.source == "state dict" and not net.published
+
+    older = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(older, tmp_path / "older.pth")
+    assert torch.equal(first_layers(tmp_path / "older.pth")[1], expected)
+
+    to_position = {name: position for position, name in metrics.BY_POSITION.items()}
+    wrapped = {k.replace(p := k.split(".")[0] + ".", to_position[p], 1): v for k, v in state.items() if k[:3] != "fc."}
+    save_file(wrapped, tmp_path / "wrapped.safetensors")
+    net, found = first_layers(tmp_path / "wrapped.safetensors")
+    assert torch.equal(found, expected)
+    assert list(net(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))) == ["64", "192", "768", "2048"]    # holds no logits
+
+    with pytest.raises(BadInput, match=r"fc.weight is \(1000, 2048\), expected \(1008, 2048\)"):
+        metrics.Inception(state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
+    with pytest.raises(BadInput, match="another network.*missing.*unknown, first conv1.weight"):
+        metrics.Inception({"conv1.weight": torch.zeros(1)})
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    with pytest.raises(BadInput, match="broken.pth"):
+        metrics.Inception(tmp_path / "broken.pth")
+    torch.save({"a": Path("x")}, tmp_path / "pickle.pth")
+    with pytest.raises(BadInput, match="tensors only"):
+        metrics.Inception(tmp_path / "pickle.pth")
+    with pytest.raises(BadInput, match="no such file"):
+        metrics.Inception(tmp_path / "absent.pth")
+
+
+def published_names():
+    """A rule-made state dict under the published names, as in the file: before the norms are folded in."""
+    kept = {}
+    fold, metrics.Conv.fold = metrics.Conv.fold, lambda self: None
+    try:
+        kept = {k: v.contiguous() for k, v in metrics.Inception("rule").state_dict().items()}
+    finally:
+        metrics.Conv.fold = fold
+    assert len(kept) == 94 * 6 + 2
+    return kept
+
+
+def test_published_file_is_found_checked_or_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(metrics.urllib.request, "urlopen", offline)
+    with pytest.raises(BadInput, match="no route.*https://.*6726825d.pth.*--weights"):
+        metrics.published_file("fid")
+    path = tmp_path / "checkpoints" / metrics.PUBLISHED["fid"]["files"][1]
+    path.write_bytes(b"half a file")
+    with pytest.raises(BadInput, match="SHA-256"):
+        metrics.published_file("fid")
+    monkeypatch.setitem(metrics.PUBLISHED["fid"], "sha256", metrics.file_hash(path))
+    assert metrics.published_file("fid") == path
+
+
+def test_images_must_be_uint8(net):
+    with pytest.raises(BadInput, match="expected uint8"):
+        net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(BadInput, match="resize"):
+        net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "bicubic")
+
+
+# ---------------------------------------------------------------- statistics
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(GOLDEN / "features.safetensors"), json.loads((GOLDEN / "metrics-recorded.json").read_text())
+
+
+def test_statistics_meet_the_reference(recorded):
+    sets, expected = recorded
+    real, fake = sets["real"], sets["fake"]
+    assert metrics.fid(real, fake) == pytest.approx(expected["fid"], rel=1e-9)
+    moments = [f(x.double().numpy()) for x in (real, fake) for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    assert metrics.frechet_distance(*moments) == pytest.approx(expected["fid"], rel=1e-9)
+    precision, recall = metrics.precision_recall(real, fake, expected["k"])
+    assert (precision, recall) == (expected["precision"], expected["recall"])
+    assert metrics.f1_score(precision, recall) == pytest.approx(expected["f1"], abs=1e-12)
+    mean, std = metrics.inception_score(sets["logits"], expected["splits"])
+    assert mean == pytest.approx(expected["inception_score"]["inception_score_mean"], abs=1e-9)
+    assert std == pytest.approx(expected["inception_score"]["inception_score_std"], abs=1e-9)
+    assert metrics.kid(real, fake)[0] == pytest.approx(expected["kid_full"], abs=1e-12)
+    assert all(type(x) is float for x in (metrics.fid(real, fake), *metrics.kid(real, fake), precision, recall, mean))
+
+
+def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
+    m = np.array([3.0, -4.0, 0.0])
+    assert metrics.frechet_distance(np.zeros(3), np.eye(3), m, np.eye(3)) == pytest.approx(25)
+    assert metrics.frechet_distance(m, np.zeros((3, 3)), m, 4 * np.eye(3)) == pytest.approx(12)        # tr of the other
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_frechet_distance_equals_the_matrix_root(seed, rank_1, rank_2):
+    """Also of singular covariances, where the root needs complex numbers."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rank_1, 8)), rng.normal(size=(rank_2, 8))
+    cov_1, cov_2 = a.T @ a, b.T @ b
+    values = np.linalg.eigvals(cov_1 @ cov_2).real.clip(0)
+    expected = np.trace(cov_1) + np.trace(cov_2) - 2 * np.sqrt(values).sum()
+    assert metrics.frechet_distance(np.zeros(8), cov_1, np.zeros(8), cov_2) == pytest.approx(expected, abs=2e-5)
+
+
+def test_frechet_distance_equals_scipy_where_scipy_is_well_behaved():
+    a, b = (np.cov(normal(100, 12, seed).numpy().T) for seed in (1, 2))
+    expected = np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert metrics.frechet_distance(np.zeros(12), a, np.zeros(12), b) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("n", [5, 40, 400])
+def test_fid_of_a_set_with_itself_is_zero(n):
+    x = normal(n, 64).exp() * 3
+    assert metrics.fid(x, x) < 1e-6
+    moments = x.mean(0), torch.from_numpy(np.cov(x.numpy().T))
+    assert metrics.frechet_distance(*moments, *moments) < 1e-4
+
+
+def test_fid_from_rows_equals_fid_from_covariances():
+    """Fewer rows than columns take another way to the same number."""
+    for n_1, n_2 in ((20, 30), (20, 300), (300, 20)):
+        x, y = normal(n_1, 50, 1), normal(n_2, 50, 2, shift=0.3)
+        moments = (m for z in (x, y) for m in (z.mean(0), np.cov(z.numpy().T)))
+        assert metrics.fid(x, y) == pytest.approx(metrics.frechet_distance(*moments), rel=1e-7)
+
+
+def test_arrays_of_any_kind_give_the_same():
+    x, y = normal(30, 8, 1, dtype=torch.float32), normal(30, 8, 2, dtype=torch.float32)
+    assert metrics.fid(x.numpy(), y) == metrics.fid(x, y.numpy()) == metrics.fid(x, y)
+    assert metrics.fid(x.tolist(), y.double()) == pytest.approx(metrics.fid(x, y), rel=1e-6)
+
+
+# ---------------------------------------------------------------- precision and recall
+
+def brute_force(real, fake, k):
+    def covered(a, b):
+        ball = (b[:, None] - b[None]).square().sum(2).sort(1).values[:, k]
+        return ((a[:, None] - b[None]).square().sum(2) <= ball).any(1).double().mean().item()
+    return covered(fake.double(), real.double()), covered(real.double(), fake.double())
+
+
+@given(st.integers(0, 10**6), st.integers(4, 30), st.integers(4, 30), st.integers(1, 3), st.sampled_from([0, 1e2, 1e4]))
+@settings(max_examples=60, deadline=None)
+def test_precision_and_recall_are_exact(seed, n_real, n_fake, k, offset):
+    """On integers every distance is a tie with many others, and every rim counts; far from 0 float32 would fail."""
+    rng = torch.Generator().manual_seed(seed)
+    real = torch.randint(0, 4, (n_real, 3), generator=rng).float() + offset
+    fake = torch.randint(0, 5, (n_fake, 3), generator=rng).float() + offset
+    expected = brute_force(real, fake, k)
+    assert metrics.precision_recall(real, fake, k) == expected
+    assert metrics.precision_recall(fake, real, k) == expected[::-1]
+
+
+def test_precision_and_recall_in_strips():
+    """More rows than a strip of the distance matrix holds."""
+    real, fake = normal(600, 5, 1, dtype=torch.float32), normal(530, 5, 2, shift=0.5, dtype=torch.float32)
+    assert metrics.precision_recall(real, fake) == brute_force(real, fake, 3)
+
+
+def test_a_set_covers_itself():
+    x = normal(40, 6)
+    assert metrics.precision_recall(x, x) == (1, 1)
+    copies = torch.ones(20, 6) / 3
+    assert metrics.precision_recall(copies, copies) == (1, 1)
+
+
+def test_a_collapsed_fake_is_precise_and_recalls_nothing():
+    real = normal(300, 8)
+    collapsed = real[:1] + 1e-3 * normal(300, 8, seed=1)
+    precision, recall = metrics.precision_recall(real, collapsed)
+    assert precision == 1 and recall < 0.02
+    far = normal(300, 8, shift=100.0)
+    assert metrics.precision_recall(real, far) == (0, 0) and metrics.f1_score(0, 0) == 0
+
+
+# ---------------------------------------------------------------- KID and Inception Score
+
+def test_kid_is_unbiased_and_knows_its_error():
+    """Over many pairs of sets: the mean is 0 where the distributions agree, the error is the spread that is seen."""
+    same = [metrics.kid(normal(30, 4, 2 * i), normal(40, 4, 2 * i + 1)) for i in range(300)]
+    values = np.array([v for v, _ in same])
+    assert abs(values.mean()) < 4 * values.std() / math.sqrt(len(values))
+    apart = np.array([metrics.kid(normal(60, 4, 2 * i), normal(50, 4, 2 * i + 1, shift=0.7)) for i in range(300)])
+    assert apart[:, 0].std() == pytest.approx(apart[:, 1].mean(), rel=0.2)
+
+
+def test_kid_over_subsets():
+    real, fake = normal(60, 4, 1), normal(80, 4, 2, shift=0.5)
+    whole, error = metrics.kid(real, fake)
+    mean, subset_error = metrics.kid(real, fake, subset_size=20)
+    assert abs(mean - whole) < 3 * error and 0.3 < subset_error / error < 3
+    assert metrics.kid(real, fake, subset_size=20) == (mean, subset_error)
+    with pytest.raises(BadInput, match="subset size from 2 to 60"):
+        metrics.kid(real, fake, subset_size=61)
+
+
+def test_inception_score_of_known_predictions():
+    sure = 1e3 * torch.eye(10).repeat(10, 1)                # certain and even over ten classes: ten
+    mean, std = metrics.inception_score(sure)
+    assert mean == pytest.approx(10) and std == pytest.approx(0, abs=1e-9)
+    assert metrics.inception_score(torch.zeros(20, 7), splits=2) == pytest.approx((1, 0))
+
+
+# ---------------------------------------------------------------- bad arrays
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda x: metrics.fid(x, x[:1]), "fake: expected at least 2 images, got 1"),
+    (lambda x: metrics.fid(x[:0], x), "real: expected at least 2 images, got 0"),
+    (lambda x: metrics.precision_recall(x[:3], x), "real: expected at least 4 images, got 3"),
+    (lambda x: metrics.inception_score(x), "logits: expected at least 10 images, got 9"),
+    (lambda x: metrics.fid(x, x[:, :3]), "different widths: real 4, fake 3"),
+    (lambda x: metrics.fid(x[0], x), r"real: expected an array \(images, features\)"),
+    (lambda x: metrics.kid(x, torch.where(x == x[2, 1], math.nan, x)), "fake: row 2 holds NaN"),
+    (lambda x: metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4)), "equal widths"),
+    (lambda x: metrics.frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.eye(4)[:3]), "cov_2: .*square"),
+    (lambda x: metrics.frechet_distance(np.zeros(3), np.tri(3), np.zeros(3), np.eye(3)), "cov_1: not symmetric"),
+    (lambda x: metrics.frechet_distance(np.zeros(3), -np.eye(3), np.zeros(3), np.eye(3)), "cov_1: .*negative"),
+])
+def test_bad_arrays_are_named(call, words):
+    with pytest.raises(BadInput, match=words) as error:
+        call(normal(9, 4))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- folders and the command line
+
+class Stand(torch.nn.Module):
+    """Stands in for a network: a fixed random projection of the pixels."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.source, self.published, self.calls = "rule", False, 0
+        Stand.last = self
+
+    def forward(self, images, resize):
+        self.calls += 1
+        x = torch.nn.functional.interpolate(images.float(), (8, 8)).flatten(1) / 255
+        return {"2048": x @ normal(192, 16).float(), "logits_unbiased": x @ normal(192, 10, 1).float(),
+                "logits": x @ normal(192, 10, 1).float()}
+
+
+@pytest.fixture()
+def folders(tmp_path, monkeypatch):
+    """Reals of many sizes and modes, and fakes of one size, read through a network that costs nothing."""
+    monkeypatch.setattr(metrics, "Inception", Stand)
+    monkeypatch.setattr(metrics, "ImageNetInception", Stand)
+    rng = np.random.default_rng(0)
+    real, fake = tmp_path / "real" / "images", tmp_path / "fake" / "images"
+    real.mkdir(parents=True)
+    fake.mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(fake / f"{i}.png")
+        Image.fromarray(rng.integers(0, 200, (20 + i, 31, 3), dtype=np.uint8)).save(real / f"{i}.jpg")
+    Image.open(real / "0.jpg").convert("L").save(real / "grey.png")
+    Image.open(real / "1.jpg").convert("CMYK").save(real / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 2**16, (9, 9), dtype=np.uint16)).save(real / "deep.png")
+    (fake.parent / "prompts.csv").write_text("Filename,Prompt,Seed\n")
+    return tmp_path
+
+
+def command(folder, *more):
+    out = folder / "out.json"
+    metrics.main(["--real", str(folder / "real"), "--fake", str(folder / "fake"), "--workers", "0", "--device", "cpu",
+                  "--weights", "rule", "--json", str(out), *map(str, more)])
+    return json.loads(out.read_text())
+
+
+def test_command_reports_every_number_with_its_protocol(folders, capsys):
+    numbers = command(folders)
+    text = capsys.readouterr().out
+    for word in ("FID", "real half", "disjoint", "KID", "precision", "recall", "F1", "Inception Score",
+                 "15 real, 12 fake", "tf1", "rule", "not comparable", "24 px", " s on cpu"):
+        assert word in text
+    assert numbers["n_real"] == 15 and numbers["n_fake"] == 12 and numbers["n_half"] == 7
+    assert all(math.isfinite(numbers[name]) for name in ("fid", "fid_real_half", "fid_parts_std", "kid", "f1"))
+    features = metrics.extract(Stand(), metrics.image_files(folders / "real"), 24, workers=0)["2048"]
+    fakes = metrics.extract(Stand(), metrics.image_files(folders / "fake"), 24, workers=0)["2048"]
+    assert numbers["fid"] == pytest.approx(metrics.fid(features, fakes))
+
+
+def test_features_are_cached_until_a_file_changes(folders):
+    first = command(folders)
+    assert Stand.last.calls == 2 and len(list((folders / ".features").iterdir())) == 2
+    again = command(folders)
+    assert Stand.last.calls == 0 and again["fid"] == first["fid"]
+    command(folders, "--resize", "antialias")
+    assert Stand.last.calls == 2
+    Image.new("RGB", (30, 30), "red").save(folders / "real" / "images" / "0.jpg")
+    assert command(folders)["fid"] != first["fid"] and Stand.last.calls == 1
+    command(folders, "--cache", folders / "elsewhere")
+    assert Stand.last.calls == 2 and len(list((folders / "elsewhere").iterdir())) == 2
+    next(iter((folders / "elsewhere").glob("fake-*"))).write_bytes(b"broken")
+    command(folders, "--cache", folders / "elsewhere")
+    assert Stand.last.calls == 1
+
+
+def test_real_stats_replace_the_real_images(folders, capsys):
+    stats = folders / "real.safetensors"
+    first = command(folders, "--real-stats", stats)
+    arguments = ["--fake", str(folders / "fake"), "--workers", "0", "--device", "cpu"]
+    metrics.main([*arguments, "--real-stats", str(stats), "--json", str(folders / "b.json")])
+    second = json.loads((folders / "b.json").read_text())
+    assert {k: v for k, v in first.items() if k in ("fid", "kid", "recall")}.items() <= second.items()
+    with pytest.raises(BadInput, match="made with resize tf1, this run has antialias"):
+        metrics.main([*arguments, "--real-stats", str(stats), "--resize", "antialias"])
+
+    x = load_file(stats)["features"].double().numpy()
+    np.savez(folders / "moments.npz", mu=x.mean(0), sigma=np.cov(x.T))
+    capsys.readouterr()
+    metrics.main([*arguments, "--real-stats", str(folders / "moments.npz"), "--json", str(folders / "c.json")])
+    third = json.loads((folders / "c.json").read_text())
+    assert third["fid"] == pytest.approx(first["fid"], rel=1e-6) and "recall" not in third
+    assert f"{first['fid']:.4f}" in capsys.readouterr().out
+    (folders / "broken.npz").write_bytes(b"PK")
+    with pytest.raises(BadInput, match="mu and sigma"):
+        metrics.main([*arguments, "--real-stats", str(folders / "broken.npz")])
+    with pytest.raises(BadInput, match="no such file"):
+        metrics.main([*arguments, "--real-stats", str(folders / "absent.safetensors")])
+
+
+def test_the_official_protocol_reflows_the_buffer(folders, capsys):
+    path = folders / "real" / "images" / "3.jpg"
+    pixels = np.asarray(Image.open(path))
+    flow = metrics.Pictures([path], None)[0]
+    assert np.array_equal(flow.permute(1, 2, 0).numpy().ravel()[:pixels.size], pixels.ravel())        # no interpolation
+    assert np.array_equal(flow.permute(1, 2, 0).numpy(), np.resize(pixels, (299, 299, 3)))
+    numbers = command(folders, "--protocol", "imageclef")
+    text = capsys.readouterr().out
+    assert "numpy.resize" in text and "Keras" in text and "softmax" in text and "precision" not in text
+    assert 0 <= numbers["fid"] <= 2 and "kid" not in numbers
+    resized = command(folders, "--protocol", "imageclef-resized")
+    assert resized["fid"] != numbers["fid"] and "not comparable" in capsys.readouterr().out
+
+
+def test_fakes_are_not_touched_by_preprocessing(folders):
+    path = folders / "fake" / "images" / "0.png"
+    assert np.array_equal(metrics.Pictures([path], 24)[0].permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
+
+
+def test_bad_folders_are_named_in_one_line(folders, capsys):
+    fake, real = folders / "fake" / "images", folders / "real" / "images"
+
+    def error(*more):
+        with pytest.raises(BadInput) as caught:
+            command(folders, *more)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    (real / "notes.txt").write_text("x")
+    command(folders)
+    assert "1 other files left out, first notes.txt" in capsys.readouterr().err
+    assert "no such folder" in error("--real", folders / "absent")
+    (folders / "empty").mkdir()
+    assert "no images" in error("--fake", folders / "empty")
+    (folders / "one").mkdir()
+    Image.new("RGB", (24, 24)).save(folders / "one" / "a.png")
+    assert "at least 10 images" in error("--fake", folders / "one")
+    assert "at least 4 images" in error("--real", folders / "one")
+    assert "--kid-subset-size from 2 to 12" in error("--kid-subset-size", 100)
+    (real / "zero.png").write_bytes(b"")
+    assert "zero.png" in error() and "empty" in error("--workers", 1)
+    (real / "zero.png").unlink()
+    Image.new("RGB", (25, 24)).save(fake / "z.png")
+    assert "one size" in error() and "25x24" in error()
+    (fake / "z.png").write_bytes(b"\x89PNG")
+    assert "z.png: " in error()
+
+
+def test_imagenet_inception_takes_torchvisions_weights(tmp_path):
+    state = metrics.ImageNetInception("rule").net.state_dict()
+    extra = {"AuxLogits.fc.bias": torch.zeros(1000)}
+    net = metrics.ImageNetInception({**state, **extra})
+    assert net.net.fc.out_features == 1000 and not net.published
+    with pytest.raises(BadInput, match="expected torchvision's ImageNet"):
+        metrics.ImageNetInception({**state, "fc.weight": torch.zeros(1008, 2048)})
+    assert net(torch.zeros(1, 3, 30, 40, dtype=torch.uint8))["logits"].shape == (1, 1000)
