@@ -232,3 +232,12 @@ def _read_shards(index):
             raise BadInput(f"{index}: in more than one shard: {', '.join(both)}")
         tensors |= found
     return tensors
+
+
+def load_published(build, folder, dtype):
+    """A network that build makes of a published config, filled from its folder; frozen, in evaluation mode."""
+    config, tensors = read_checkpoint(folder, dtype)
+    with torch.device("meta"):
+        module = build(config)
+    load_state(module, tensors, folder, module.published_names, dtype)
+    return module.requires_grad_(False).eval()
