@@ -5,9 +5,11 @@ safetensors itself only stores strings, so each value is kept as its JSON text.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -93,17 +95,29 @@ def _from_json(text):
         return text
 
 
-def load_state(module, tensors, source):
-    """Fill a module built on the meta device: every parameter set, every tensor used, or an error that lists what differs."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [f"{k} expected {tuple(own[k].shape)}, got {tuple(tensors[k].shape)}"
-              for k in sorted(own.keys() & tensors.keys()) if own[k].shape != tensors[k].shape]
-    if missing or extra or shapes:
-        parts = [f"{word}: {', '.join(names)}" for word, names in
-                 (("not set", missing), ("not read", extra), ("other shapes", shapes)) if names]
+def load_state(module, tensors, source, rules=(), dtype=None):
+    """Fill a module built on the meta device: every parameter set, every tensor used, or an error that lists the rest.
+
+    rules rename published tensors (see rename). Tensors of load_safetensors lie in the file until they are converted to
+    dtype, one after the other; those that have it already stay there, mapped.
+    """
+    own, names, twice = module.state_dict(), {}, []
+    for name in tensors:
+        mine = rename(name, rules)
+        if mine in names:
+            twice.append(f"{name} and {names[mine]}")
+        names[mine] = name
+    missing = sorted(rename(k, rules, back=True) for k in own.keys() - names.keys())
+    extra = sorted(names[k] for k in names.keys() - own.keys())
+    shapes = [f"{names[k]} expected {tuple(own[k].shape)}, got {tuple(tensors[names[k]].shape)}"
+              for k in sorted(own.keys() & names.keys()) if own[k].shape != tensors[names[k]].shape]
+    if missing or extra or shapes or twice:
+        parts = [f"{word}: {', '.join(found)}" for word, found in
+                 (("not set", missing), ("not read", extra), ("other shapes", shapes), ("read twice", twice)) if found]
         raise BadInput(f"{source}: does not fit {type(module).__name__}: " + "; ".join(parts))
-    module.load_state_dict(tensors, strict=True, assign=True)
+    ours = {k: tensors[names[k]] for k in own}
+    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in ours.items()}
+    module.load_state_dict(cast, strict=True, assign=True)
     return module
 
 
@@ -124,3 +138,106 @@ def text_hash(*texts):
 def best_device(name="auto"):
     """"auto" is CUDA when there is one, else the CPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+# The mapper: checkpoints published elsewhere, read into our own modules
+
+
+def rename(name, rules, back=False):
+    """The published name of a tensor or module as ours; with back, ours as published.
+
+    A rule is (published, ours), each a run of whole dotted parts in which # stands for one number. The rules of a table
+    are applied one after the other, backwards for back. "a|b" reads either name and writes the first.
+    """
+    for published, ours in reversed(rules) if back else rules:
+        old, new = (ours, published.split("|")[0]) if back else (published, ours)
+        name = _pattern(old).sub(functools.partial(_fill, new), name)
+    return name
+
+
+@functools.cache
+def _pattern(rule):
+    return re.compile(r"(?<![^.])(?:" + re.escape(rule).replace(r"\#", r"(\d+)").replace(r"\|", "|") + r")(?![^.])")
+
+
+def _fill(new, match):
+    numbers = iter(g for g in match.groups() if g is not None)
+    return re.sub("#", lambda _: next(numbers), new)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not a JSON file ({error})") from None
+
+
+def supported(config, source, kind, free, fixed):
+    """A published config.json as plain settings, or an error that names every value that the code here does not do.
+
+    free: settings that are read, with the value a file without them means; fixed: settings with the values supported.
+    """
+    if config.get("_class_name", kind) != kind:
+        raise BadInput(f"{source}: expected the config of a {kind}, got {config['_class_name']}")
+    wrong = [f"{k}={v!r}" for k, v in config.items()
+             if not k.startswith("_") and k not in free and v not in fixed.get(k, ())]
+    if wrong:
+        raise BadInput(f"{source}: not supported in a {kind}: {', '.join(wrong)}")
+    return free | {k: v for k, v in config.items() if k in free}
+
+
+def fetch(name):
+    """A folder of this machine, or a repository of the hub brought to its cache: configs, tokenizers, safetensors."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise BadInput(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{name}: no such folder, and the hub gave no repository of this name ({reason})") from None
+
+
+def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
+    """(config, tensors) of a published model folder: config.json beside one safetensors file, or several with an index.
+
+    Where there is a half-precision variant beside the full one, dtype decides which is read. No tensor is copied yet.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    variants = [".fp16", ""] if dtype in (torch.float16, torch.bfloat16) else ["", ".fp16"]
+    for variant in variants:
+        if (whole := folder / f"{stem}{variant}.safetensors").is_file():
+            return config, load_safetensors(whole)[0]
+        if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+            return config, _read_shards(index)
+    raise BadInput(f"{folder}: expected {stem}.safetensors, its .fp16 variant, or shards with an index; found none")
+
+
+def _read_shards(index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadInput(f"{index}: expected a weight_map from tensors to files")
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise BadInput(f"{index}: expected names of files beside it, got {shard}")
+        found = load_safetensors(index.with_name(shard))[0]
+        if both := sorted(tensors.keys() & found.keys()):
+            raise BadInput(f"{index}: in more than one shard: {', '.join(both)}")
+        tensors |= found
+    return tensors
+
+
+def load_published(build, folder, dtype):
+    """A network that build makes of a published config, filled from its folder; frozen, in evaluation mode."""
+    config, tensors = read_checkpoint(folder, dtype)
+    with torch.device("meta"):
+        module = build(config)
+    load_state(module, tensors, folder, module.published_names, dtype)
+    return module.requires_grad_(False).eval()

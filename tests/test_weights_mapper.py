@@ -1,0 +1,125 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from weights import BadInput, fetch, load_state, read_checkpoint, rename, save_safetensors, supported, write_json
+
+RULES = (("down_blocks.#.resnets.#", "down.#.res.#"), ("to_q|query", "to_q"), ("conv_in", "stem"))
+
+
+@pytest.mark.parametrize(("published", "ours"), [
+    ("down_blocks.3.resnets.11.conv1.weight", "down.3.res.11.conv1.weight"),
+    ("mid.to_q.bias", "mid.to_q.bias"),
+    ("conv_in.weight", "stem.weight"),
+    ("xconv_in.weight", "xconv_in.weight"),  # whole dotted parts only
+])
+def test_names_go_both_ways(published, ours):
+    assert rename(published, RULES) == ours
+    assert rename(ours, RULES, back=True) == published
+
+
+def test_an_older_name_is_read_and_never_written():
+    assert rename("mid.query.weight", RULES) == "mid.to_q.weight"
+    assert rename("mid.to_q.weight", RULES, back=True) == "mid.to_q.weight"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(3, 4)
+        self.to_q = nn.Linear(4, 2, bias=False)
+
+
+def published():
+    return {"conv_in.weight": torch.randn(4, 3), "conv_in.bias": torch.randn(4), "query.weight": torch.randn(2, 4)}
+
+
+def meta_net():
+    with torch.device("meta"):
+        return Net()
+
+
+def test_fills_a_meta_module():
+    tensors = published()
+    net = load_state(meta_net(), tensors, "here", RULES, torch.float64)
+    assert torch.equal(net.to_q.weight, tensors["query.weight"].double())
+    assert isinstance(net.stem.bias, nn.Parameter) and net.stem.bias.requires_grad
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"conv_out.weight": torch.zeros(1)}, "not read: conv_out.weight"),
+    ({"to_q.weight": torch.zeros(2, 4)}, "read twice: to_q.weight and query.weight"),
+    ({"conv_in.bias": torch.zeros(5)}, r"other shapes: conv_in.bias expected \(4,\), got \(5,\)"),
+    ({"conv_in.bias": None}, "not set: conv_in.bias"),
+])
+def test_what_differs_is_listed_by_published_name(change, message):
+    tensors = {k: v for k, v in (published() | change).items() if v is not None}
+    with pytest.raises(BadInput, match=f"here: does not fit Net: {message}"):
+        load_state(meta_net(), tensors, "here", RULES)
+
+
+def shards(folder, variant=""):
+    """A checkpoint in two files with an index, as large models are published."""
+    tensors, stem = published(), "diffusion_pytorch_model"
+    parts = {f"{stem}{variant}-00001-of-00002.safetensors": ["conv_in.weight"],
+             f"{stem}{variant}-00002-of-00002.safetensors": ["conv_in.bias", "query.weight"]}
+    for name, keys in parts.items():
+        save_safetensors(folder / name, {k: tensors[k] for k in keys})
+    write_json(folder / f"{stem}.safetensors.index{variant}.json",
+               {"metadata": {}, "weight_map": {k: name for name, keys in parts.items() for k in keys}})
+    write_json(folder / "config.json", {"_class_name": "Net"})
+    return tensors, sorted(parts)
+
+
+def test_shards_and_half_variants(tmp_path):
+    tensors, _ = shards(tmp_path)
+    half = {k: v.half() for k, v in published().items()}
+    save_safetensors(tmp_path / "diffusion_pytorch_model.fp16.safetensors", half)
+    config, found = read_checkpoint(tmp_path)
+    assert config == {"_class_name": "Net"}
+    assert all(torch.equal(found[k], v) for k, v in tensors.items()) and len(found) == 3
+    _, found = read_checkpoint(tmp_path, torch.float16)
+    assert all(torch.equal(found[k], v) for k, v in half.items())
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    assert read_checkpoint(tmp_path)[1].keys() == half.keys()  # the only one there is
+
+
+def test_broken_checkpoints_are_named(tmp_path):
+    with pytest.raises(BadInput, match="config.json: no such file"):
+        read_checkpoint(tmp_path)
+    _, names = shards(tmp_path)
+    last = (tmp_path / names[1]).read_bytes()
+    (tmp_path / names[1]).write_bytes(last[:-9])
+    with pytest.raises(BadInput, match=f"{names[1]}: not a whole safetensors file"):
+        read_checkpoint(tmp_path)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(BadInput, match=f"{names[1]}: no such file"):
+        read_checkpoint(tmp_path)
+    write_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"x": "../elsewhere"}})
+    with pytest.raises(BadInput, match="names of files beside it"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="config.json: not a JSON file"):
+        read_checkpoint(tmp_path)
+
+
+def test_an_unsupported_setting_is_refused_by_name_and_value():
+    config = json.loads('{"_class_name": "Net", "_version": "1", "width": 3, "act": "silu", "norm": null}')
+    free, fixed = {"width": 8, "depth": 2}, {"act": ("silu",), "norm": (None,)}
+    assert supported(config, "here", "Net", free, fixed) == {"width": 3, "depth": 2}
+    with pytest.raises(BadInput, match="here: not supported in a Net: act='gelu', new_thing=4"):
+        supported(config | {"act": "gelu", "new_thing": 4}, "here", "Net", free, fixed)
+    with pytest.raises(BadInput, match="expected the config of a Net, got VQModel"):
+        supported({"_class_name": "VQModel"}, "here", "Net", free, fixed)
+
+
+def test_a_name_that_is_no_folder(monkeypatch, tmp_path):
+    assert fetch(tmp_path) == tmp_path
+    with pytest.raises(BadInput, match="no such folder"):
+        fetch(tmp_path / "missing")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match="someone/model: no such folder, and the hub gave no repository"):
+        fetch("someone/model")
