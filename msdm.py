@@ -353,7 +353,8 @@ def train(args, recipe):
         raise BadInput(f"--size {size} is not divisible by {vae.factor}, the factor of {args.vae}")
     records = data.read_folder(args.data, args.captions)
     train_records, val_records = data.split(records, seed=args.seed)
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"recipe": asdict(recipe), "vae_hash": file_hash(args.vae)}
+    fixed = {k: v for k, v in asdict(recipe).items() if k != "steps"}
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"recipe": fixed, "vae_hash": file_hash(args.vae)}
     run = training.Run(args.out, settings, data.fingerprint(records), ranks)
 
     def latents_of(part, records, jitter, views):
@@ -373,8 +374,8 @@ def train(args, recipe):
         text = TextTransformer(TextConfig(tokenizer, vocab))
     else:
         text = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if device.type == "cuda" else torch.float32)
-    config = unets.PRESETS[args.preset]
-    config = replace(config, text_dim=text.config.dim if text.trained else text.model.config.hidden_size)
+    text_dim = text.config.dim if text.trained else text.model.config.hidden_size
+    config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
     model = MSDM(UNet(config), vae, text, recipe.diffusion).to(device)
     params = {f"unet.{k}": p for k, p in model.unet.named_parameters()}
     params |= {f"text.{k}": p for k, p in text.named_parameters() if text.trained}
@@ -409,12 +410,12 @@ def train(args, recipe):
         if shown and ranks.first:
             pictures = model.sample(shown, seed=0, steps=args.sample_steps, solver="dpmpp")
             data.write_grid(run.folder / "samples" / f"{step:07d}.png", pictures)
-        model.train()
+        model.unet.train()
+        text.train(text.trained)
         ema.swap()
         run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
                         "weights": {k: p.detach() for k, p in params.items()}})
 
-    model.train()
     vae.eval()
     n, b = len(train_records), recipe.batch_size
     loop = training.Loop(f"msdm {args.preset}", start, recipe.steps, args.minutes, quiet=not ranks.first)

@@ -135,7 +135,8 @@ class EMA:
 class Run:
     """runs/NAME/ with config.json, metrics.jsonl, samples/, last.safetensors, best.safetensors and state.pt (DESIGN.md 5)."""
 
-    FREE = ("steps", "minutes", "device", "log_every", "save_every", "sample_every", "workers")  # may differ on a resume
+    # Settings that may differ on a resume; what is read goes by its fingerprint, not by its path.
+    FREE = ("data", "captions", "vae", "steps", "minutes", "device", "log_every", "save_every", "shown", "sample_steps")
 
     def __init__(self, folder, settings: dict, fingerprint: str, ranks):
         self.folder, self.ranks = Path(folder), ranks

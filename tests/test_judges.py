@@ -273,15 +273,13 @@ def test_held_out_pictures_that_were_trained_on_are_refused(toy):
 
 
 def test_inception_features_can_stand_in(toy, copies, monkeypatch):
-    metrics = pytest.importorskip("metrics")
-
     class Inception(torch.nn.Module):
         source = "rule"
 
         def forward(self, img):
             return {"2048": torch.nn.functional.avg_pool2d(img.float(), 4).flatten(1)}
 
-    monkeypatch.setattr(metrics, "Inception", lambda weights: Inception())
+    monkeypatch.setattr(judges.metrics, "Inception", lambda weights: Inception())
     found = memorisation(toy, copies, weights="rule")
     assert "rule" in found["features"] and math.isfinite(found["near"])
 
