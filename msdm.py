@@ -249,7 +249,7 @@ RECIPES = {
     "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64,
                     lr=1e-4, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
     "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=4000,
-                   batch_size=32, lr=1e-3,
+                   batch_size=16, lr=1e-3,
                    warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=4),
 }
 

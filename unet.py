@@ -39,7 +39,8 @@ class UNetConfig:
 
 PRESETS = {
     "paper": UNetConfig(),
-    "tiny": UNetConfig(channels=(64, 64, 128, 128), time_dim=128, text_dim=128, n_heads=4, dropout=0.0),
+    "tiny": UNetConfig(in_channels=4, channels=(64, 64, 96, 128), time_dim=128, text_dim=128, n_heads=4, dropout=0.0,
+                       self_conditioning=False),
 }
 
 

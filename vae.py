@@ -1,6 +1,6 @@
 """Autoencoders: pictures in [-1, 1] to latents and back, and how ours is trained.
 
-z = vae.encode(img), img = vae.decode(z); img (b, 3, h, w) with sides divisible by 8, z (b, 8, h/8, w/8).
+z = vae.encode(img), img = vae.decode(z); paper: img (b, 3, h, w), z (b, 8, h/8, w/8).
 VAE    arXiv:1312.6114   the KL-regularised autoencoder; App. B: the KL of two Gaussians
 LDM    arXiv:2112.10752  Sec. 3.1  compress the pictures first, with a perceptual and a small KL term; App. G: unit-variance latents
 LPIPS  arXiv:1801.03924  Sec. 3  distance of unit-normalised VGG features, here without its learnt weights
@@ -34,7 +34,7 @@ class VAEConfig:
 
 PRESETS = {
     "paper": VAEConfig(),
-    "tiny": VAEConfig(channels=(16, 32, 64, 128)),
+    "tiny": VAEConfig(channels=(16, 32, 64), latent_channels=4),
 }
 
 
@@ -198,7 +198,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(size=256, batch_size=8, lr=1e-4, steps=50_000, l1_weight=0.0, kl_weight=1e-6, jitter=0.4, cosine=False),
-    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=1500, l1_weight=1.0, kl_weight=3e-3, jitter=0.0, cosine=True),
+    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=2000, l1_weight=1.0, kl_weight=3e-3, jitter=0.0, cosine=True),
 }
 
 
