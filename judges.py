@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import math
+import random
 import time
 from pathlib import Path
 
@@ -452,30 +453,39 @@ def write_prompts(args):
 # Usefulness
 
 def usefulness(args):
-    """One classifier learns from real pictures, one from as many generated ones; each is tested on the other kind."""
+    """What a classifier learns from generated pictures beside what one learns from as many real ones, told as little."""
     (train, images, labels), (held_out, test_images, test_labels) = real_pictures(args.real, args.held_out, args.size)
     fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
-    n = min(len(train), len(fake))
-    generator = torch.Generator().manual_seed(args.seed)
-    a, b = (torch.randperm(len(x), generator=generator)[:n] for x in (train, fake))
-    on_real = train_classifier(images[a], labels[a], args.steps, args.seed, device=args.device)
+    on_all = classifier_of(args.real, train, images, labels, args)
+    rng = random.Random(args.seed)
+    n, n_prompts = min(len(train), len(fake)), round(sum(len(r.prompts) for r in fake) / len(fake))
+    a, b = rng.sample(range(len(train)), n), rng.sample(range(len(fake)), n)
+    on_real = train_classifier(images[a], said([train[i] for i in a], n_prompts, rng), args.steps, args.seed, device=args.device)
     on_fake = train_classifier(fake_images[b], fake_labels[b], args.steps, args.seed, device=args.device)
-    rows = balanced_rows({"real to real": (predict(on_real, test_images), test_labels),
+    rows = balanced_rows({"real-train": (predict(on_real, test_images), test_labels),
                           "GAN-train": (predict(on_fake, test_images), test_labels),
-                          "GAN-test": (predict(on_real, fake_images), fake_labels)})
+                          "real-test": (predict(on_all, test_images), test_labels),
+                          "GAN-test": (predict(on_all, fake_images), fake_labels)})
     if not rows:
         raise BadInput(f"{args.fake}: its prompts name no attribute that {args.real} knows, both present and absent")
-    print(f"trained on {n} pictures each of {args.real} and of {args.fake}; "
-          f"tested on {len(held_out)} held-out real and {len(fake)} generated; "
-          f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
+    print(f"{args.real}: {len(train)} real pictures, {len(held_out)} held out; {args.fake}: {len(fake)} generated ones, "
+          f"{n_prompts} prompt{'s' * (n_prompts > 1)} each; {args.size} px, {args.steps} steps, seed {args.seed}\n")
     print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})
     print("\nBalanced accuracy, mean over the attribute's values: the share judged rightly of the pictures with a\n"
-          "value and of those without, averaged; 0.5 is chance. GAN-train: trained on generated pictures, tested on\n"
-          "real ones; GAN-test: the reverse. Of a generated picture only what its prompts say is known.")
+          "value and of those without, averaged; 0.5 is chance.\n"
+          f"real-train, GAN-train: trained on {n} real and on {n} generated pictures, each known by as many prompts, and\n"
+          "tested on held-out real ones. real-test, GAN-test: trained on all real pictures and all that is known of them,\n"
+          "tested on held-out real and on generated ones.")
     if args.json:
-        weights.write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n,
-                                       "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
+        weights.write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
+                                       "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
                                        "steps": args.steps, "seed": args.seed, "attributes": rows})
+
+
+def said(records, n_prompts, rng):
+    """Labels of real pictures by n_prompts of their prompts alone: as little as is known of generated ones."""
+    some = [rng.sample(r.prompts, min(n_prompts, len(r.prompts))) for r in records]
+    return torch.tensor([truth_row(merge([prompts.parse(p) for p in said])) for said in some], dtype=torch.int8)
 
 
 def balanced_rows(tests):
@@ -629,6 +639,7 @@ def main(argv=None):
     p.add_argument("--classifier", type=Path, help="file of the trained classifier; without it one beside --real")
     p = command(usefulness, "usefulness", "what a classifier of generated pictures knows of real ones, and the reverse")
     pictures(p, "--real", "data folder of real pictures")
+    p.add_argument("--classifier", type=Path, help="file of the classifier of all of them; without it one beside --real")
     p = command(memorisation, "memorisation", "whether generated pictures are copies of training pictures")
     pictures(p, "--train", "data folder that the model was trained on", trains=False)
     p.add_argument("--weights", help='Inception features instead of thumbnails: a file of weights, or "published"')
@@ -637,8 +648,8 @@ def main(argv=None):
     p = command(write_prompts, "prompts", "the evaluation prompts of the faithfulness table, as a csv for sampler.py")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
     p.add_argument("--per-value", type=int, default=20, help="prompts for each value asked for")
-    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"], metavar="COLOR",
-                   help="colours to ask for: those of the phantom")
+    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"], choices=prompts.COLORS,
+                   metavar="COLOR", help="colours to ask for: those of the phantom")
     args = parser.parse_args(argv)
     if "device" in args:
         args.device = weights.best_device(args.device)

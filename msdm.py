@@ -349,8 +349,9 @@ def train(args, recipe):
     ranks = training.start_ranks(args.device)
     device = ranks.device
     vae, size = vaes.load(args.vae).to(device), recipe.diffusion.image_size
-    if size % vae.factor:
-        raise BadInput(f"--size {size} is not divisible by {vae.factor}, the factor of {args.vae}")
+    multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
+    if size % multiple:
+        raise BadInput(f"--size {size} is not divisible by {multiple}: {args.vae} and the U-Net halve the picture so often")
     records = data.read_folder(args.data, args.captions)
     train_records, val_records = data.split(records, seed=args.seed)
     fixed = {k: v for k, v in asdict(recipe).items() if k != "steps"}

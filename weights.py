@@ -1,7 +1,8 @@
 """Checkpoint files in and out: atomic, safetensors only, never a pickle.
 
-A file is written beside its place and renamed over it, so a reader never sees half of it. Metadata is a dict of JSON values;
-safetensors itself only stores strings, so each value is kept as its JSON text.
+A file is written beside its place and renamed over it, so a reader never sees half of it. Metadata is a dict of JSON values.
+safetensors itself stores strings, in an order that changes from call to call, so the dict is one string, under the key "json":
+the same tensors and metadata give the same bytes.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def save_safetensors(path, tensors: dict, metadata: dict | None = None):
     """Tensors and JSON-able metadata into one safetensors file, atomically. Names lose the prefixes of compile and DDP."""
     tensors = {clean_name(k): v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as tmp:
-        save_file(tensors, tmp, {k: json.dumps(v) for k, v in (metadata or {}).items()})
+        save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
 
 
 def clean_name(name):
@@ -67,14 +68,14 @@ def clean_name(name):
 def load_safetensors(path, device="cpu"):
     """(tensors, metadata) of a file that save_safetensors wrote, or of any other safetensors file (metadata then strings)."""
     with _open(path, device) as f:
-        metadata = {k: _from_json(v) for k, v in (f.metadata() or {}).items()}
+        metadata = _metadata(f)
         return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118 - not a dict
 
 
 def load_metadata(path):
     """The metadata alone, without reading a tensor."""
     with _open(path, "cpu") as f:
-        return {k: _from_json(v) for k, v in (f.metadata() or {}).items()}
+        return _metadata(f)
 
 
 @contextlib.contextmanager
@@ -88,11 +89,9 @@ def _open(path, device):
         raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _from_json(text):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def _metadata(f):
+    metadata = f.metadata() or {}
+    return json.loads(metadata["json"]) if metadata.keys() == {"json"} else metadata
 
 
 def load_state(module, tensors, source, rules=(), dtype=None):

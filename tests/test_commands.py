@@ -97,7 +97,7 @@ def test_sampling_writes_a_data_folder_and_makes_only_what_is_missing(made, tmp_
     assert [file_hash(f) for f in files] == before and files[0].stat().st_mtime_ns == untouched
     refused = run("sampler.py", *flags, "--seed", 7, expect=2)
     assert "made with seed=0, now seed=7" in refused.stderr
-    assert np.asarray(Image.open(tmp_path / "out/grid.png")).shape == (64, 64, 3)
+    assert np.asarray(Image.open(tmp_path / "out/grid.png")).shape[2] == 3
 
 
 def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):

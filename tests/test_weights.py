@@ -11,6 +11,8 @@ def test_tensors_and_typed_metadata_come_back(tmp_path):
     weights.save_safetensors(tmp_path / "a" / "f.safetensors", {"_orig_mod.w": torch.arange(6).view(2, 3).T}, meta)
     tensors, read = weights.load_safetensors(tmp_path / "a" / "f.safetensors")
     assert read == meta == weights.load_metadata(tmp_path / "a" / "f.safetensors")
+    weights.save_safetensors(tmp_path / "again.safetensors", {"w": torch.arange(6).view(2, 3).T}, meta)
+    assert weights.file_hash(tmp_path / "again.safetensors") == weights.file_hash(tmp_path / "a" / "f.safetensors")
     assert list(tensors) == ["w"] and torch.equal(tensors["w"], torch.arange(6).view(2, 3).T)
 
 
