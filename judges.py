@@ -485,7 +485,7 @@ def usefulness(args):
 def said(records, n_prompts, rng):
     """Labels of real pictures by n_prompts of their prompts alone: as little as is known of generated ones."""
     some = [rng.sample(r.prompts, min(n_prompts, len(r.prompts))) for r in records]
-    return torch.tensor([truth_row(merge([prompts.parse(p) for p in said])) for said in some], dtype=torch.int8)
+    return torch.tensor([truth_row(merge([prompts.parse(p) for p in few])) for few in some], dtype=torch.int8)
 
 
 def balanced_rows(tests):

@@ -6,6 +6,7 @@ that was never killed.
 EMA  arXiv:2006.11239  Sec. 4 (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -72,6 +73,7 @@ def start_ranks(device="auto"):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # a rank that ends with the group still open may abort the others
     return Ranks(rank, world, device)
 
 

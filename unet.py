@@ -57,18 +57,23 @@ def unit_variance(linear):
     return linear
 
 
-def sinusoidal(t, dim):
-    """Transformer position encoding of the time: t (b,) -> (b, dim), sines then cosines, periods from 2 pi to 10000 * 2 pi."""
+def sinusoidal(t, dim, last=1):
+    """Transformer position encoding of the time: t (b,) -> (b, dim), sines then cosines, periods from 2 pi to 10000 * 2 pi.
+
+    last=0 stops one frequency short of the longest period, as some published networks do.
+    """
     half = dim // 2
-    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1))
+    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - last))
     angle = t.float()[:, None] * freq
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def attention(q, k, v, n_heads, mask=None):
-    """softmax(q k^T / sqrt(d)) v on (b, n, heads * d); mask (b, n_keys) true where a key may be seen."""
+    """softmax(q k^T / sqrt(d)) v on (b, n, heads * d); mask (b, n_keys) or (b, n, n_keys) true where a key may be seen."""
     q, k, v = (rearrange(y, "b n (heads d) -> b heads n d", heads=n_heads) for y in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    if mask is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(y, "b heads n d -> b n (heads d)")
 
 
@@ -119,13 +124,14 @@ class AdaGroupNorm(nn.Module):
 class CrossAttention(nn.Module):
     """Queries (b, m, q_dim) look at keys and values made of (b, n, kv_dim); separate q, k, v: LoRA finds them by name."""
 
-    def __init__(self, q_dim, kv_dim, n_heads, dropout=0.0):
+    def __init__(self, q_dim, kv_dim, n_heads, dropout=0.0, out_dim=None, bias=False):
         super().__init__()
         self.n_heads = n_heads
-        self.to_q = nn.Linear(q_dim, q_dim, bias=False)
-        self.to_k = nn.Linear(kv_dim, q_dim, bias=False)
-        self.to_v = nn.Linear(kv_dim, q_dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(q_dim, q_dim, bias=False), nn.Dropout(dropout)])
+        out_dim = out_dim or q_dim
+        self.to_q = nn.Linear(q_dim, out_dim, bias=bias)
+        self.to_k = nn.Linear(kv_dim, out_dim, bias=bias)
+        self.to_v = nn.Linear(kv_dim, out_dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(out_dim, out_dim, bias=bias), nn.Dropout(dropout)])
 
     def forward(self, x, context, mask=None):
         y = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.n_heads, mask)
@@ -133,21 +139,25 @@ class CrossAttention(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """The pixels look at the words, then each pixel thinks: x + attention(norm(x), text), x + feed_forward(norm(x))."""
+    """The pixels look at the words, then each pixel thinks: x + attention(norm(x), text), x + feed_forward(norm(x)).
 
-    def __init__(self, ch, emb_dim, n_heads, dropout):
+    Without a text they look at each other.
+    """
+
+    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32):
         super().__init__()
-        self.norm_1 = AdaGroupNorm(ch, emb_dim)
-        self.attention = CrossAttention(ch, emb_dim, n_heads, dropout)
-        self.norm_2 = AdaGroupNorm(ch, emb_dim)
+        self.norm_1 = AdaGroupNorm(ch, emb_dim, groups)
+        self.attention = CrossAttention(ch, text_dim, n_heads, dropout)
+        self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
         zero_init(self.attention.to_out[0])
         zero_init(self.feed_forward[2])
 
-    def forward(self, x, emb, text, text_mask):
+    def forward(self, x, emb, text=None, text_mask=None):
         h, w = x.shape[-2:]
-        y = self.attention(rearrange(self.norm_1(x, emb), "b c h w -> b (h w) c"), text, text_mask)
+        y = rearrange(self.norm_1(x, emb), "b c h w -> b (h w) c")
+        y = self.attention(y, y if text is None else text, text_mask)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
         return x + self.feed_forward(self.norm_2(x, emb))
 
@@ -158,7 +168,7 @@ class Stage(nn.Module):
     def __init__(self, in_ch, out_ch, config):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
-        self.text = TextBlock(out_ch, config.time_dim, config.n_heads, config.dropout)
+        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout)
 
     def forward(self, x, emb, text, text_mask):
         return self.text(self.res(x, emb), emb, text, text_mask)

@@ -234,9 +234,11 @@ def _read_shards(index):
 
 
 def load_published(build, folder, dtype):
-    """A network that build makes of a published config, filled from its folder; frozen, in evaluation mode."""
+    """A network that build makes of a published config, filled from its folder, in evaluation mode.
+
+    Its parameters stay trainable: frozen ones change torch's choice of kernels, and so the last bit of published outputs.
+    """
     config, tensors = read_checkpoint(folder, dtype)
     with torch.device("meta"):
         module = build(config)
-    load_state(module, tensors, folder, module.published_names, dtype)
-    return module.requires_grad_(False).eval()
+    return load_state(module, tensors, folder, module.published_names, dtype).eval()
