@@ -505,12 +505,13 @@ def mmd(x, y):
 
 def kernel_sums(x, y):
     """Sums over the rows and over the columns of the kernel matrix, in float64, a strip of it at a time."""
-    y, rows, columns = y.double(), [], 0
-    for strip in x.split(512):
-        k = (strip.double() @ y.T).div_(x.shape[1]).add_(1).pow_(3)
-        rows.append(k.sum(1))
-        columns = columns + k.sum(0)
-    return torch.cat(rows), columns
+    y = y.double()
+    rows, columns = (torch.zeros(len(a), dtype=torch.float64, device=x.device) for a in (x, y))
+    for i in torch.arange(len(x), device=x.device).split(512):
+        k = (x[i].double() @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+        rows[i] = k.sum(1)
+        columns += k.sum(0)
+    return rows, columns
 
 
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
@@ -539,13 +540,13 @@ def f1_score(precision, recall) -> float:
 def radii(x, k):
     """Squared distance of every row to its k-th neighbour, in float64. k + 1: the nearest to a point is itself."""
     small, norm = centred(x, x.mean(0))
-    out = []
+    out = torch.empty(len(x), dtype=torch.float64, device=x.device)     # pieces kept from each round would split the heap
     for i in torch.arange(len(x), device=x.device).split(256):
         d2, _ = squared_distances(small[i], norm[i], small, norm)
         near = d2.topk(min(k + 3, len(x)), largest=False).indices                 # two spare: float32 may swap them
         exact = torch.cdist(x[i, None].double(), x[near].double(), compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
-        out.append(exact.kthvalue(k + 1).values.square())
-    return torch.cat(out)
+        out[i] = exact.kthvalue(k + 1).values.square()
+    return out
 
 
 def inside(gap, a, b, ball, slack):
