@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +126,46 @@ def test_a_name_that_is_no_folder(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="someone/model: no such folder, and the hub gave no repository"):
         fetch("someone/model")
+
+
+def test_loading_takes_no_more_memory_than_the_weights(tmp_path):
+    """Anonymous memory: pages of the file itself do not count, they can be dropped at any time."""
+    code = """
+import sys, threading, time
+import torch
+from torch import nn
+from weights import load_published
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+def build(config):
+    net = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(40)])
+    net.published_names = ()
+    return net
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+torch.ones(9).double().sum()
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+net = load_published(build, sys.argv[1], getattr(torch, sys.argv[2]))
+done = True
+watcher.join()
+print((peak - before) / sum(p.nbytes for p in net.parameters()))
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here to read the memory from")
+    net = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(40)])
+    save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", {k: v.half() for k, v in net.state_dict().items()})
+    write_json(tmp_path / "config.json", {})
+    for dtype, limit in (("float16", 0.15), ("float32", 1.15)):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path, dtype], capture_output=True, text=True,
+                              cwd=Path(__file__).resolve().parents[1])
+        assert float(done.stdout or "nan") <= limit, done.stderr
