@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -92,6 +93,23 @@ def _open(path, device):
 def _metadata(f):
     metadata = f.metadata() or {}
     return json.loads(metadata["json"]) if metadata.keys() == {"json"} else metadata
+
+
+def read_state(path):
+    """State dict of a .safetensors file, or of a .pt, .pth or .ckpt that holds tensors and nothing that must be unpickled."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)[0]
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file, expected weights (.safetensors or .pth)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+    return state
 
 
 def load_state(module, tensors, source, rules=(), dtype=None):
