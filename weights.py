@@ -34,6 +34,9 @@ def run_command(main):
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -154,7 +157,13 @@ def text_hash(*texts):
 
 def best_device(name="auto"):
     """"auto" is CUDA when there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = re.split(r"[.:,(\n]", str(error))[0]
+        raise BadInput(f"--device {name}: not a device of this machine ({reason})") from None
 
 
 # The mapper: checkpoints published elsewhere, read into our own modules
