@@ -149,13 +149,15 @@ class CrossAttention(nn.Module):
 class TextBlock(nn.Module):
     """The pixels look at the words, then each pixel thinks: x + attention(norm(x), text), x + feed_forward(norm(x)).
 
-    Without a text they look at each other.
+    Without a text they look at each other. With coordinates a pixel knows where it lies when it asks the words: "upper-left"
+    is then a linear matter.
     """
 
-    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32):
+    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32, coordinates=False):
         super().__init__()
+        self.coordinates = coordinates
         self.norm_1 = AdaGroupNorm(ch, emb_dim, groups)
-        self.attention = CrossAttention(ch, text_dim, n_heads, dropout)
+        self.attention = CrossAttention(ch + 4 * coordinates, text_dim, n_heads, dropout, out_dim=ch)
         self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
@@ -164,7 +166,10 @@ class TextBlock(nn.Module):
 
     def forward(self, x, emb, text=None, text_mask=None):
         h, w = x.shape[-2:]
-        y = rearrange(self.norm_1(x, emb), "b c h w -> b (h w) c")
+        y = self.norm_1(x, emb)
+        if self.coordinates:
+            y = torch.cat([y, coordinates(y)], dim=1)
+        y = rearrange(y, "b c h w -> b (h w) c")
         y = self.attention(y, y if text is None else text, text_mask)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
         return x + self.feed_forward(self.norm_2(x, emb))
@@ -176,7 +181,8 @@ class Stage(nn.Module):
     def __init__(self, in_ch, out_ch, config):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
-        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout)
+        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
+                              coordinates=config.coordinates)
 
     def forward(self, x, emb, text, text_mask):
         return self.text(self.res(x, emb), emb, text, text_mask)
