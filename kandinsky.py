@@ -1368,7 +1368,7 @@ def main(argv=None):
         p.add_argument("--cache", help="folder for encoded pictures and texts; runs may share it; --out without it")
         if size:
             p.add_argument("--size", type=int, default=size, help="side of the pictures, pixels")
-        loras.add_flags(p, 128)
+        loras.add_flags(p)
         p.add_argument("--min-snr-gamma", type=float, default=5.0, help="bound of the loss weights; 0 weights all times alike")
         p.add_argument("--p-uncond", type=float, default=p_uncond, help="share of conditions replaced by the null one")
         p.add_argument("--batch-size", type=int, default=batch_size, help="pictures a step and process")

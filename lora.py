@@ -195,8 +195,11 @@ def remove(model):
 # Flags of the training scripts
 
 
-def add_flags(parser, rank):
-    parser.add_argument("--rank", type=int, default=rank, help="of the adapter's matrices")
+FLAGS = ("rank", "alpha", "rslora", "dora", "lora_dropout", "targets")
+
+
+def add_flags(parser, flag="--rank", rank=128):
+    parser.add_argument(flag, dest="rank", metavar="RANK", type=int, default=rank, help="rank of the adapter")
     parser.add_argument("--alpha", type=float, help="strength: the change is alpha / rank B A; the rank without it")
     parser.add_argument("--rslora", action=argparse.BooleanOptionalAction, default=False, help="alpha / sqrt(rank) instead")
     parser.add_argument("--dora", action=argparse.BooleanOptionalAction, default=False, help="learn a norm per output too")
