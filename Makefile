@@ -13,8 +13,8 @@ PROMPT ?= Generate an image with 2 polyps.
 PRIOR      ?= runs/tiny-kandinsky22/prior
 DECODER    ?= runs/tiny-kandinsky22/decoder
 KANDINSKY3 ?= runs/tiny-kandinsky3
-RANK       ?= 128
-FIRST_RANK ?= 32
+LORA_RANK  ?= 128
+LORA_FIRST ?= 32
 TRIAL      := --steps 300 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 100
 FLAGS22    ?= $(if $(filter runs/tiny-%,$(PRIOR)),$(TRIAL),--epochs 100)
 FLAGS3     ?= $(if $(filter runs/tiny-%,$(KANDINSKY3)),$(TRIAL),--epochs 100)
@@ -23,6 +23,7 @@ SIZE3      ?= $(if $(filter runs/tiny-%,$(KANDINSKY3)),64,256)
 OUT22       = $(if $(filter file,$(origin OUT)),runs/kandinsky22,$(OUT))
 OUT3        = $(if $(filter file,$(origin OUT)),runs/kandinsky3,$(OUT))
 KDATA       = $(if $(filter file,$(origin DATA)),data/phantom-small,$(DATA))
+SMALL       = $(if $(filter data/phantom-small,$(KDATA)),data/phantom-small/prompt-gt.csv)
 
 PY     := .venv/bin/python
 
@@ -60,17 +61,15 @@ runs/tiny-kandinsky3: | .venv/installed
 
 # In the paper's order: a decoder of small rank, the prior, then the decoder again.
 LORA22 = --data $(KDATA) --cache $(OUT22)/cache $(FLAGS22)
-train-kandinsky22: .venv/installed $(if $(filter data/phantom-small,$(KDATA)),data/phantom-small/prompt-gt.csv) \
-                   $(if $(filter runs/tiny-%,$(PRIOR)),runs/tiny-kandinsky22)  ## LoRA on Kandinsky 2.2 (PRIOR, DECODER) with DATA
-	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(FIRST_RANK) --out $(OUT22)/decoder-first $(LORA22)
-	$(PY) kandinsky.py train-prior --model $(PRIOR) --rank $(RANK) --out $(OUT22)/prior $(LORA22)
-	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(RANK) --out $(OUT22)/decoder $(LORA22)
+train-kandinsky22: .venv/installed $(SMALL) $(if $(filter runs/tiny-%,$(PRIOR)),runs/tiny-kandinsky22)  ## LoRA on Kandinsky 2.2 (PRIOR, DECODER)
+	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_FIRST) --out $(OUT22)/decoder-first $(LORA22)
+	$(PY) kandinsky.py train-prior --model $(PRIOR) --rank $(LORA_RANK) --out $(OUT22)/prior $(LORA22)
+	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_RANK) --out $(OUT22)/decoder $(LORA22)
 	$(PY) sampler.py --ckpt $(PRIOR) --decoder $(DECODER) --prior-lora $(OUT22)/prior/best --decoder-lora $(OUT22)/decoder/best \
 	  --size $(SIZE22) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp --grid --out $(OUT22)/sample
 
-train-kandinsky3: .venv/installed $(if $(filter data/phantom-small,$(KDATA)),data/phantom-small/prompt-gt.csv) \
-                  $(if $(filter runs/tiny-%,$(KANDINSKY3)),runs/tiny-kandinsky3)  ## LoRA on Kandinsky 3 (KANDINSKY3) with DATA
-	$(PY) kandinsky.py train-unet3 --model $(KANDINSKY3) --size $(SIZE3) --rank $(RANK) --data $(KDATA) --out $(OUT3) $(FLAGS3)
+train-kandinsky3: .venv/installed $(SMALL) $(filter runs/tiny-%,$(KANDINSKY3))  ## LoRA on Kandinsky 3 (KANDINSKY3)
+	$(PY) kandinsky.py train-unet3 --model $(KANDINSKY3) --size $(SIZE3) --rank $(LORA_RANK) --data $(KDATA) --out $(OUT3) $(FLAGS3)
 	$(PY) sampler.py --ckpt $(KANDINSKY3) --lora $(OUT3)/best --size $(SIZE3) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp \
 	  --grid --out $(OUT3)/sample
 

@@ -1315,7 +1315,7 @@ def make_tiny_3(out, generator):
     T5Tokenizer(pieces, extra_ids=0, model_max_length=128).save_pretrained(out / "tokenizer")
     T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
                             feed_forward_proj="gated-gelu")).save_pretrained(out / "text_encoder")
-    config = {"_class_name": "Kandinsky3UNet", "block_out_channels": [16, 16, 32, 32], "layers_per_block": 2, "groups": 8,
+    config = {"_class_name": "Kandinsky3UNet", "block_out_channels": [32, 64], "layers_per_block": 2, "groups": 8,
               "attention_head_dim": 16, "cross_attention_dim": 32, "encoder_hid_dim": 32, "time_embedding_dim": 64}
     save_published(random_network(build_unet3, config), out / "unet", config)
     write_json(out / "scheduler/scheduler_config.json", {
