@@ -13,10 +13,10 @@ min-SNR weights      arXiv:2303.09556  Sec. 3.4
 
 Networks are filled from folders in the published layout and names (weights.py); their autoencoder MoVQ lives in vae.py.
 
-    python kandinsky.py train-prior --model kandinsky-community/kandinsky-2-2-prior --data data/mine --out runs/prior
-    python kandinsky.py train-decoder --model kandinsky-community/kandinsky-2-2-decoder --data data/mine --out runs/decoder
-    python kandinsky.py train-unet3 --model kandinsky-community/kandinsky-3 --data data/mine --out runs/unet3
-    python kandinsky.py make-tiny --out runs/tiny-kandinsky     # random weights in the same layout, to try the commands on
+    python kandinsky.py train-prior --model PRIOR_FOLDER --data data/mine --out runs/prior
+    python kandinsky.py train-decoder --model DECODER_FOLDER --prior PRIOR_FOLDER --data data/mine --out runs/decoder
+    python kandinsky.py train-unet3 --model KANDINSKY_3_FOLDER --data data/mine --out runs/unet3
+    python kandinsky.py make-tiny --out runs/tiny     # runs/tiny/prior and decoder, of random weights, to try the commands on
 """
 
 import argparse
@@ -1002,12 +1002,13 @@ class Source:
 def clip_preprocessor(folder):
     """picture -> (3, s, s) for CLIP's image tower: the short side becomes s, bicubic, and the centre is cut out."""
     c = read_json(folder / "preprocessor_config.json")
-    side = (c.get("size") or {}).get("shortest_edge")
-    wrong = [f"{k}={c.get(k)!r}" for k, v in (("crop_size", {"height": side, "width": side}), ("resample", 3),
-                                              ("do_resize", True), ("do_center_crop", True), ("do_normalize", True))
-             if c.get(k) != v]
-    if side is None or wrong:
-        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {', '.join(wrong) or 'size=' + repr(c.get('size'))}")
+    size = c.get("size")
+    side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
+    fixed = {"crop_size": (side, {"height": side, "width": side}), "resample": (3,),
+             **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), (True,))}
+    wrong = [f"{k}={c.get(k)!r}" for k, v in fixed.items() if c.get(k) not in v]
+    if not isinstance(side, int) or wrong:
+        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {', '.join(wrong or [f'size={size!r}'])}")
     mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
 
     def see(img):
@@ -1104,17 +1105,17 @@ def train(args):
     records = data.read_folder(args.data, args.captions)
     splits = data.split(records, seed=args.seed)
     _, readable = data.load_images(records, 1)  # names those that are not
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    run = LoRARun(args.out, settings | {"alpha": config.alpha, "dtype": str(dtype), "network": folder_hash(folder / part)},
-                  data.fingerprint(records), ranks)
-    material = make_material(args, network, folder, Source(readable, Path(args.cache or run.folder), ranks, dtype))
     place = {r.name: i for i, r in enumerate(readable)}
-    pictures, val_pictures = (torch.tensor([place[r.name] for r in part if r.name in place]) for part in splits)
+    pictures, val_pictures = (torch.tensor([place[r.name] for r in side if r.name in place]) for side in splits)
     if not len(pictures) or not len(val_pictures):
         raise BadInput(f"{args.data}: {len(readable)} readable pictures, expected at least 2: one to learn from, one to check")
     b = args.batch_size
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(pictures) / (b * ranks.world))
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    settings |= {"alpha": config.alpha, "dtype": str(dtype), "network": folder_hash(folder / part)}
+    run = LoRARun(args.out, settings, data.fingerprint(records), ranks)
+    material = make_material(args, network, folder, Source(readable, Path(args.cache or run.folder), ranks, dtype))
 
     network.to(device).train()
     network.gradient_checkpointing = args.gradient_checkpointing

@@ -283,7 +283,7 @@ def load_model(args):
         model = kandinsky.Kandinsky3.from_pretrained(folder, args.lora, dtype, args.text_device)
         networks = [model.unet]
     else:
-        raise BadInput(f"{args.ckpt}: expected the prior folder of Kandinsky 2.2 or the folder of Kandinsky 3")
+        raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the folder of Kandinsky 3")
     return model.to(device), networks, hashes | {"checkpoint": folder_hash(folder)}
 
 
