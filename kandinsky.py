@@ -8,26 +8,55 @@ BigGAN               arXiv:1809.11096  App. B    BigGAN-deep's bottleneck blocks
 iDDPM                arXiv:2102.09672  Eq. 15    a learnt variance between beta and its lower bound
 Dynamic thresholding arXiv:2205.11487  Sec. 2.3  (Imagen)
 Guidance             arXiv:2207.12598  Eq. 6     its w is guidance - 1
+LoRA                 arXiv:2106.09685            (lora.py)
+min-SNR weights      arXiv:2303.09556  Sec. 3.4
 
 Networks are filled from folders in the published layout and names (weights.py); their autoencoder MoVQ lives in vae.py.
+
+    python kandinsky.py train-prior --model PRIOR_FOLDER --data data/mine --out runs/prior
+    python kandinsky.py train-decoder --model DECODER_FOLDER --prior PRIOR_FOLDER --data data/mine --out runs/decoder
+    python kandinsky.py train-unet3 --model KANDINSKY_3_FOLDER --data data/mine --out runs/unet3
+    python kandinsky.py make-tiny --out runs/tiny     # runs/tiny/prior and decoder, of random weights, to try the commands on
 """
 
+import argparse
 import math
+import os
+import re
+import string
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import data
 import lora as loras
 import sampler
+import training
 from unet import AdaGroupNorm, CrossAttention, TextBlock, attention, sinusoidal
-from vae import RES_NAMES, load_movq
-from weights import BadInput, fetch, load_published, load_safetensors, read_json, save_safetensors, supported, text_hash
+from vae import RES_NAMES, build_movq, load_movq
+from weights import (
+    BadInput,
+    fetch,
+    folder_hash,
+    load_published,
+    load_safetensors,
+    read_json,
+    rename,
+    run_command,
+    save_safetensors,
+    supported,
+    text_hash,
+    write_json,
+)
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
 
@@ -666,6 +695,25 @@ def load_tower(cls, folder, dtype=None):
 # The pipeline of 2.2
 
 
+def clip_texts(text_encoder, tokenizer, prompts):
+    """(text embedding (b, d), states (b, 77, d), mask (b, 77)); the text encoder itself sees no mask."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                       return_tensors="pt").to(text_encoder.device)
+    out = text_encoder(tokens.input_ids)
+    return out.text_embeds, out.last_hidden_state, tokens.attention_mask.bool()
+
+
+def clip_images(image_encoder, pixels):
+    """CLIP embedding (b, d) of pictures as CLIP wants them."""
+    return image_encoder(pixels.to(image_encoder.device, image_encoder.dtype)).image_embeds
+
+
+def clip_black(image_encoder):
+    """The embedding (1, d) of zeros, the decoder's null condition."""
+    size = image_encoder.config.image_size
+    return clip_images(image_encoder, torch.zeros(1, 3, size, size))
+
+
 class Kandinsky22:
     """text -> image embedding -> picture. embed and decode repeat the reference seed for seed; sample is for use."""
 
@@ -699,16 +747,12 @@ class Kandinsky22:
             module.to(device)
         return self
 
-    def encode_text(self, prompts):
-        """(text embedding (b, d), states (b, 77, d), mask (b, 77)); the text encoder itself sees no mask."""
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=self.tokenizer.model_max_length,
-                                truncation=True, return_tensors="pt").to(self.device)
-        out = self.text_encoder(tokens.input_ids)
-        return out.text_embeds, out.last_hidden_state, tokens.attention_mask.bool()
+    @property
+    def T(self):
+        return min(len(self.prior_schedule.alpha_bar), len(self.decoder_schedule.alpha_bar))
 
-    def encode_image(self, pixels):
-        """CLIP embedding (b, d) of pictures as CLIP wants them."""
-        return self.image_encoder(pixels.to(self.device, self.image_encoder.dtype)).image_embeds
+    def encode_text(self, prompts):
+        return clip_texts(self.text_encoder, self.tokenizer, prompts)
 
     def embed(self, prompts, steps=25, guidance=4.0, generator=None, negative_prompt=None):
         """(image embeddings, negative ones), both (b, d), drawn from one generator."""
@@ -725,8 +769,7 @@ class Kandinsky22:
         embeds = self.prior.denormalise(solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device))
         if negative:
             return embeds[:n], embeds[n:]
-        size = self.image_encoder.config.image_size
-        return embeds, self.encode_image(torch.zeros(1, 3, size, size)).expand_as(embeds)
+        return embeds, clip_black(self.image_encoder).expand_as(embeds)
 
     def decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, generator):
         """Pictures (b, 3, height, width) in about [-1, 1], drawn from one generator."""
@@ -789,6 +832,10 @@ class Kandinsky3:
     @property
     def device(self):
         return self.unet.conv_in.weight.device
+
+    @property
+    def T(self):
+        return len(self.schedule.alpha_bar)
 
     def to(self, device):
         for module in (self.unet, self.movq):
@@ -869,3 +916,475 @@ def pad_texts(texts, n):
     texts = [text[:n] for text in texts]
     mask = torch.arange(n) < torch.tensor([len(text) for text in texts])[:, None]
     return torch.stack([F.pad(text, (0, 0, 0, n - len(text))) for text in texts]), mask
+
+
+# LoRA training of the prior, the decoder and the U-Net of 3.0. Everything that a step reads is encoded once and kept in
+# files; then the encoders are freed and one loop trains each of the three networks.
+
+
+@dataclass
+class Material:
+    """What a step reads of the pictures.
+
+    x_0 (n, ...): what is noised. tables: what the network is told besides x_t and t, one description a row; row 0 is the
+    pipeline's null condition. rows: the rows that describe each picture; a step draws one of them.
+    """
+
+    x_0: torch.Tensor
+    tables: tuple
+    rows: list
+
+    def draw(self, pictures, p_uncond, generator):
+        """A row for each picture, row 0 with probability p_uncond (2207.12598, Algorithm 1)."""
+        drawn = [self.rows[i][int(torch.randint(len(self.rows[i]), (), generator=generator))] for i in pictures.tolist()]
+        return torch.tensor(drawn).masked_fill(torch.rand(len(drawn), generator=generator) < p_uncond, 0)
+
+    def condition(self, rows, device, dtype):
+        return [t.to(device, dtype if t.is_floating_point() else None) for t in (table[rows] for table in self.tables)]
+
+
+@dataclass
+class Source:
+    """Where material comes from: the readable pictures and their prompts, and where encoded ones are kept."""
+
+    records: list
+    cache: Path
+    ranks: training.Ranks
+    dtype: torch.dtype  # of the encoders
+
+    def kept(self, name, key, make):
+        """make()'s tensors, from their file where there is one; key holds everything that they depend on."""
+        file = self.cache / f"{name}-{text_hash(*key)}.safetensors"
+        if file.is_file():
+            return load_safetensors(file)[0]
+        tensors = {k: v.detach().cpu() for k, v in make().items()}
+        if self.ranks.first:
+            save_safetensors(file, tensors)
+        return tensors
+
+    def prompts(self):
+        """The distinct prompts, the empty one first, and for each picture the places of its own among them."""
+        distinct = ["", *sorted({p for r in self.records for p in r.prompts} - {""})]
+        places = {p: i for i, p in enumerate(distinct)}
+        return distinct, [[places[p] for p in r.prompts] for r in self.records]
+
+    def images(self, folder):
+        """CLIP embeddings (n + 1, d) of a black picture, the decoder's null condition, and of the pictures."""
+        from transformers import CLIPVisionModelWithProjection
+
+        def make():
+            encoder = load_tower(CLIPVisionModelWithProjection, folder / "image_encoder", self.dtype).to(self.ranks.device)
+            see = clip_preprocessor(folder / "image_processor")
+            embeds = [clip_black(encoder)]
+            for i in tqdm(range(0, len(self.records), 32), "image embeddings", disable=len(self.records) < 500):
+                embeds.append(clip_images(encoder, torch.stack([see(data.open_image(r.path)) for r in self.records[i:i + 32]])))
+            return {"embeds": torch.cat(embeds)}
+
+        key = folder_hash(folder / "image_encoder"), folder_hash(folder / "image_processor"), data.fingerprint(self.records)
+        return self.kept("clip-images", (*key, self.dtype), make)["embeds"]
+
+    def latents(self, folder, network, size):
+        """MoVQ latents (n, 4, h, w) of the pictures, padded to a square."""
+        movq = load_movq(folder / "movq").requires_grad_(False)
+        multiple = movq.factor * 2 ** (len(network.down) - 1)
+        if size < 1 or size % multiple:
+            raise BadInput(f"--size {size} is not divisible by {multiple}: MoVQ and the U-Net halve the picture so often")
+
+        def make():
+            movq.to(self.ranks.device)
+            images, _ = data.load_images(self.records, size, "pad", on_bad="raise")
+            batches = tqdm(range(0, len(images), 8), "latents", disable=len(images) < 500)
+            return {"z": torch.cat([movq.encode(images[i:i + 8].to(self.ranks.device).float() / 127.5 - 1) for i in batches])}
+
+        return self.kept("latents", (folder_hash(folder / "movq"), data.fingerprint(self.records), size), make)["z"]
+
+
+def clip_preprocessor(folder):
+    """picture -> (3, s, s) for CLIP's image tower: the short side becomes s, bicubic, and the centre is cut out."""
+    c = read_json(folder / "preprocessor_config.json")
+    size = c.get("size")
+    side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
+    fixed = {"crop_size": (side, {"height": side, "width": side}), "resample": (3,),
+             **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), (True,))}
+    wrong = [f"{k}={c.get(k)!r}" for k, v in fixed.items() if c.get(k) not in v]
+    if not isinstance(side, int) or wrong:
+        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {', '.join(wrong or [f'size={size!r}'])}")
+    mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+
+    def see(img):
+        w, h = img.size
+        w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
+        left, top = (w - side) // 2, (h - side) // 2
+        img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        return (torch.from_numpy(np.array(img)).permute(2, 0, 1) / 255 - mean) / std
+
+    return see
+
+
+@torch.no_grad()
+def prior_material(args, prior, folder, source):
+    """x_0: normalised image embeddings. Told: a prompt as CLIP's text tower reads it."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    prompts, rows = source.prompts()
+
+    def make():
+        tokenizer = load_tower(CLIPTokenizer, folder / "tokenizer")
+        encoder = load_tower(CLIPTextModelWithProjection, folder / "text_encoder", source.dtype).to(source.ranks.device)
+        batches = tqdm(range(0, len(prompts), 64), "text embeddings", disable=len(prompts) < 500)
+        parts = [[x.cpu() for x in clip_texts(encoder, tokenizer, prompts[i:i + 64])] for i in batches]
+        return dict(zip(("embeds", "states", "mask"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+    key = folder_hash(folder / "text_encoder"), folder_hash(folder / "tokenizer"), *prompts, source.dtype
+    texts = source.kept("clip-texts", key, make)
+    return Material(prior.normalise(source.images(folder)[1:].float()), (texts["embeds"], texts["states"], texts["mask"]), rows)
+
+
+@torch.no_grad()
+def decoder_material(args, decoder, folder, source):
+    """x_0: MoVQ latents. Told: the picture's own CLIP embedding, not normalised."""
+    latents = source.latents(folder, decoder, args.size)
+    return Material(latents, (source.images(fetch(args.prior)),), [[1 + i] for i in range(len(latents))])
+
+
+@torch.no_grad()
+def unet3_material(args, unet, folder, source):
+    """x_0: MoVQ latents. Told: T5 states of a prompt and its own length plus one, as in Kandinsky3.sample."""
+    from transformers import AutoTokenizer
+
+    latents = source.latents(folder, unet, args.size)
+    prompts, rows = source.prompts()
+    text_dtype = torch.float32 if source.dtype == torch.float32 else torch.bfloat16
+    reader = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, args.text_device or source.ranks.device,
+                        load_tower(AutoTokenizer, folder / "tokenizer"), None)
+    reader.encode_once(prompts, cache=source.cache)
+    texts = [reader.texts[p] for p in prompts[1:]]
+    texts = [texts[0][:0], *texts]  # the null condition is zeros without a token
+    lengths = torch.tensor([min(len(x) + 1, reader.n_tokens) for x in texts])
+    return Material(latents, (*pad_texts(texts, int(lengths.max())), lengths), rows)
+
+
+TRAININGS = {"train-prior": ("prior", load_prior, prior_material), "train-decoder": ("unet", load_decoder, decoder_material),
+             "train-unet3": ("unet", load_unet3, unet3_material)}  # folder of the network, its loader, what it learns from
+
+
+def loss_fn(network, x_0, condition, t, eps, alpha_bar, prediction, gamma):
+    """DDPM, Algorithm 1, for a network that says eps or x_0, with min-SNR weights (2303.09556, Sec. 3.4): the error of x_0
+    counts min(SNR, gamma), which for eps is min(SNR, gamma) / SNR. gamma 0 weights all times alike."""
+    a_t = alpha_bar[t].view(-1, *[1] * (x_0.ndim - 1))
+    x_t = sampler.q_sample(x_0, a_t, eps)
+    out = network(x_t.to(next(network.parameters()).dtype), t, *condition).float()
+    out = out[:, :x_0.shape[1]]  # behind the decoder's eps is its variance, which is not trained
+    error = (out - (x_0 if prediction == "x_0" else eps)).square().flatten(1).mean(dim=1)
+    if gamma:
+        snr = (a_t / (1 - a_t)).view(-1)
+        error = error * (snr.clamp(max=gamma) if prediction == "x_0" else (gamma / snr).clamp(max=1))
+    return error.mean()
+
+
+class LoRARun(training.Run):
+    """RUN/best and RUN/last are PEFT folders; the folders read may move, for their contents are hashed."""
+
+    FREE = (*training.Run.FREE, "model", "prior", "cache", "text_device", "epochs")
+
+
+def train(args):
+    """Train an adapter on one network: args.command says which."""
+    ranks = training.start_ranks(args.device)
+    device = ranks.device
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+    for flag in ("batch_size", "accumulate", "log_every", "save_every"):
+        if getattr(args, flag) < 1:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    config = loras.config_of(args)
+    part, load, make_material = TRAININGS[args.command]
+    folder = fetch(args.model)
+    network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
+    training.seed_step(args.seed, "weights")
+    loras.inject(network, config)
+    records = data.read_folder(args.data, args.captions)
+    splits = data.split(records, seed=args.seed)
+    _, readable = data.load_images(records, 1)  # names those that are not
+    place = {r.name: i for i, r in enumerate(readable)}
+    pictures, val_pictures = (torch.tensor([place[r.name] for r in side if r.name in place]) for side in splits)
+    if not len(pictures) or not len(val_pictures):
+        raise BadInput(f"{args.data}: {len(readable)} readable pictures, expected at least 2: one to learn from, one to check")
+    b = args.batch_size
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * len(pictures) / (b * ranks.world))
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    settings |= {"alpha": config.alpha, "dtype": str(dtype), "network": folder_hash(folder / part)}
+    run = LoRARun(args.out, settings, data.fingerprint(records), ranks)
+    material = make_material(args, network, folder, Source(readable, Path(args.cache or run.folder), ranks, dtype))
+
+    network.to(device).train()
+    network.gradient_checkpointing = args.gradient_checkpointing
+    params = loras.tensors(network)
+    opt = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=True)
+    ema = training.EMA(params, args.ema_decay)
+    alpha_bar = schedule.alpha_bar.float().to(device)
+    T = len(alpha_bar)
+
+    def loss_of(pictures, rows, t, eps):
+        with training.autocast(device):
+            return loss_fn(network, material.x_0[pictures].to(device), material.condition(rows, device, dtype), t.to(device),
+                           eps.to(device), alpha_bar, schedule.prediction, args.min_snr_gamma)
+
+    @torch.no_grad()
+    def validate():
+        """The averaged adapter on held-out pictures, each with its first prompt, at fixed times and noise."""
+        ema.swap()
+        network.eval()
+        total, n, g = 0.0, len(val_pictures), torch.Generator().manual_seed(0)
+        t = (torch.arange(n) * T // n)[torch.randperm(n, generator=g)]
+        eps = torch.randn(n, *material.x_0.shape[1:], generator=g)
+        first = torch.tensor([material.rows[i][0] for i in val_pictures.tolist()])
+        for i in range(0, n, b):
+            s = slice(i, i + b)
+            total += loss_of(val_pictures[s], first[s], t[s], eps[s]).item() * len(t[s])
+        network.train()
+        ema.swap()
+        return total / n
+
+    def save(name):
+        if ranks.first:
+            ema.swap()
+            loras.save(network, run.folder / name)
+            ema.swap()
+
+    state, start, best = run.resume(), 0, math.inf
+    if state is not None:
+        start, best = state["step"], state["best"]
+        for k, p in params.items():
+            p.data.copy_(state["weights"][k])
+            ema.average[k].copy_(state["ema"][k])
+        opt.load_state_dict(state["optimiser"])
+    elif not (run.folder / "metrics.jsonl").exists():
+        run.log(step=0, val_loss=validate())  # of the base
+
+    def checkpoint(step):
+        nonlocal best
+        val = validate()
+        run.log(step=step, val_loss=val)
+        if val < best:
+            best = val
+            save("best")
+        save("last")
+        run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
+                        "weights": {k: p.detach() for k, p in params.items()}})
+
+    loop = training.Loop(args.command, start, args.steps, args.minutes, quiet=not ranks.first)
+    for step in loop:
+        g = training.seed_step(args.seed, step, ranks.rank)
+        drawn = training.batch_indices(len(pictures), b * ranks.world, step, args.seed)[ranks.rank * b:(ranks.rank + 1) * b]
+        value = 0.0
+        for chunk in pictures[drawn].chunk(args.accumulate):
+            t = torch.randint(T, (len(chunk),), generator=g)
+            eps = torch.randn(len(chunk), *material.x_0.shape[1:], generator=g)
+            loss = loss_of(chunk, material.draw(chunk, args.p_uncond, g), t, eps) * len(chunk) / b
+            loss.backward()
+            value = value + loss.detach()
+        ranks.average_gradients(params.values())
+        norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        ema.update(step)
+        if (step + 1) % args.log_every == 0:
+            value = ranks.mean(value.item())
+            run.log(step=step + 1, loss=value, grad_norm=norm.item(), lr=args.lr)
+            loop.show(loss=f"{value:.4f}")
+        if (step + 1) % args.save_every == 0 or loop.last(step):
+            checkpoint(step + 1)
+    loop.finish()
+    if ranks.first:
+        print(f"{run.folder}/best: validation loss {best:.4f}")
+
+
+# A checkpoint of random weights in the published layout, to try every command on
+
+
+SENTENCES = """Generate an image with 1 finding. Generate an image with 2 polyps. Generate an image with no instruments.
+Generate an image with an an abnormality located in the upper-left, center and lower-right.
+Generate an image with an abnormality with the colors pink, red, white, yellow and purple. Generate an image containing text.
+Generate an image not containing a green/black box artefact. Generate an image from a colonoscopy procedure.
+Generate an image from a gastroscopy procedure. Generate an image with a polyp of size < 5mm. Generate a polyp of type paris ip.
+Generate an image with an an anatomical landmark located in the center-left."""
+
+
+def smooth_pictures(n, size, generator):
+    """(n, 3, size, size) in [-1, 1]: clouds of colour, on which random encoders are calibrated."""
+    coarse = torch.randn(n, 3, 1, 1, generator=generator) + torch.randn(n, 3, 4, 4, generator=generator)
+    return torch.tanh(F.interpolate(coarse, size=size, mode="bicubic") / 2)
+
+
+def random_network(build, config):
+    """A network with torch's random weights; what starts at zero gets small ones, so that every part takes part."""
+    network = build(config)
+    for p in network.parameters():
+        if p.requires_grad and not p.any():
+            nn.init.normal_(p, std=0.05)
+    return network.eval()
+
+
+def save_published(network, folder, config):
+    tensors = {rename(k, network.published_names, back=True): v for k, v in network.state_dict().items()}
+    save_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    write_json(folder / "config.json", config)
+
+
+@torch.no_grad()
+def tiny_movq(folder, generator):
+    """Random, but its latents have mean 0 and deviation 1, and its pictures use the range of grey values."""
+    config = {"_class_name": "VQModel", "block_out_channels": [32] * 4, "latent_channels": 4, "vq_embed_dim": 4,
+              "num_vq_embeddings": 16, "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+              "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3, "layers_per_block": 1,
+              "norm_type": "spatial"}
+    movq, img = random_network(build_movq, config), smooth_pictures(16, 64, generator)
+    for layer, run_movq, deviation in ((movq.quant_conv, movq.encode, 1.0),
+                                       (movq.decoder.conv_out, lambda x: movq.decode(movq.encode(x)), 0.5)):
+        std, mean = torch.std_mean(run_movq(img), dim=(0, 2, 3))
+        layer.weight *= (deviation / std).view(-1, 1, 1, 1)
+        layer.bias.copy_((layer.bias - mean) * deviation / std)
+    save_published(movq, folder / "movq", config)
+
+
+def clip_vocabulary():
+    """Vocabulary and merges of a byte pair encoding that reads the words of SENTENCES whole and others by letters."""
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces, merges = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)], []
+    for word in sorted(set(re.findall(r"[a-z]+", SENTENCES.lower()))):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for i in range(1, len(parts)):
+            merges.append(("".join(parts[:i]), parts[i]))
+            pieces.append("".join(parts[:i + 1]))
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, list(dict.fromkeys(merges))
+
+
+@torch.no_grad()
+def make_tiny_22(out, generator):
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    dim, prior_folder, decoder_folder = 32, out / "prior", out / "decoder"
+    vocab, merges = clip_vocabulary()
+    CLIPTokenizer(vocab, merges, model_max_length=77).save_pretrained(prior_folder / "tokenizer")
+    common = {"hidden_size": dim, "intermediate_size": 2 * dim, "projection_dim": dim, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "hidden_act": "gelu", "initializer_factor": 8.0}
+    CLIPTextModelWithProjection(CLIPTextConfig(
+        **common, vocab_size=len(vocab), max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1)).save_pretrained(prior_folder / "text_encoder")
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**common, image_size=32, patch_size=8)).eval()
+    vision.save_pretrained(prior_folder / "image_encoder")
+    write_json(prior_folder / "image_processor/preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "do_convert_rgb": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    config = {"_class_name": "PriorTransformer", "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2,
+              "embedding_dim": dim}
+    prior, embeds = random_network(build_prior, config), clip_images(vision, smooth_pictures(64, 32, generator))
+    prior.clip_mean.copy_(embeds.mean(dim=0, keepdim=True))
+    prior.clip_std.copy_(embeds.std(dim=0, keepdim=True))
+    save_published(prior, prior_folder / "prior", config)
+    write_json(prior_folder / "scheduler/scheduler_config.json", {
+        "_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "prediction_type": "sample", "clip_sample": True,
+        "clip_sample_range": 5.0, "variance_type": "fixed_small_log"})
+    config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32, 64], "layers_per_block": 1,
+              "cross_attention_dim": 32, "encoder_hid_dim": dim, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
+              "norm_num_groups": 8, "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
+              "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+              "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "encoder_hid_dim_type": "image_proj",
+              "addition_embed_type": "image", "resnet_time_scale_shift": "scale_shift"}
+    save_published(random_network(build_decoder, config), decoder_folder / "unet", config)
+    write_json(decoder_folder / "scheduler/scheduler_config.json", {
+        "_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012,
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 2.0,
+        "thresholding": True, "dynamic_thresholding_ratio": 0.99, "sample_max_value": 2.0, "variance_type": "learned_range"})
+    tiny_movq(decoder_folder, generator)
+
+
+def make_tiny_3(out, generator):
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    words = sorted({w for w in SENTENCES.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *(("▁" + w, -2.0) for w in words),
+              *((c, -6.0) for c in string.ascii_letters + string.digits + string.punctuation)]
+    T5Tokenizer(pieces, extra_ids=0, model_max_length=128).save_pretrained(out / "tokenizer")
+    T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                            feed_forward_proj="gated-gelu")).save_pretrained(out / "text_encoder")
+    config = {"_class_name": "Kandinsky3UNet", "block_out_channels": [32, 64], "layers_per_block": 2, "groups": 8,
+              "attention_head_dim": 16, "cross_attention_dim": 32, "encoder_hid_dim": 32, "time_embedding_dim": 64}
+    save_published(random_network(build_unet3, config), out / "unet", config)
+    write_json(out / "scheduler/scheduler_config.json", {
+        "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000,
+        "prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 2.0, "thresholding": True,
+        "dynamic_thresholding_ratio": 0.99, "sample_max_value": 1.5, "variance_type": "fixed_small"})
+    tiny_movq(out, generator)
+
+
+def make_tiny(args):
+    out = Path(args.out)
+    if out.exists():
+        raise BadInput(f"{out}: exists already; give another --out")
+    note = "Random weights: they prove that the commands work, and draw noise."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as tmp:
+        torch.manual_seed(args.seed)
+        made = Path(tmp) / out.name
+        (make_tiny_22 if args.kind == "2.2" else make_tiny_3)(made, torch.Generator().manual_seed(args.seed))
+        (made / "README.md").write_text(f"{note}\n", encoding="utf-8")
+        os.replace(made, out)
+    models = f"{out}/prior and {out}/decoder" if args.kind == "2.2" else out
+    print(f"{models}: {note}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train LoRA adapters for Kandinsky 2.2 and 3.0.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text):
+        return commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    tiny = command("make-tiny", "Write a tiny checkpoint of random weights in the published layout: it proves the machinery only.")
+    tiny.add_argument("--out", required=True, help="folder to write")
+    tiny.add_argument("--kind", choices=("2.2", "3"), default="2.2", help="which Kandinsky")
+    tiny.add_argument("--seed", type=int, default=0, help="of the weights")
+    for name, text, model, batch_size, p_uncond, size in (
+            ("train-prior", "Train an adapter of the image prior of 2.2.", "prior folder of 2.2", 32, 0.1, None),
+            ("train-decoder", "Train an adapter of the decoder of 2.2.", "decoder folder of 2.2", 8, 0.0, 512),
+            ("train-unet3", "Train an adapter of the U-Net of 3.0.", "folder of 3.0", 8, 0.1, 256)):
+        p = command(name, text)
+        p.add_argument("--model", required=True, help=f"{model}, or its name on the hub")
+        if name == "train-decoder":
+            p.add_argument("--prior", required=True, help="prior folder of 2.2, for its image encoder")
+        if name == "train-unet3":
+            p.add_argument("--text-device", help="where the text encoder runs, when not on --device")
+        p.add_argument("--data", required=True, help="data folder")
+        p.add_argument("--captions", help="captions file, when it is not the folder's own")
+        p.add_argument("--out", required=True, help="run folder; an existing run goes on. The adapters are OUT/best and OUT/last")
+        p.add_argument("--cache", help="folder for encoded pictures and texts; runs may share it; --out without it")
+        if size:
+            p.add_argument("--size", type=int, default=size, help="side of the pictures, pixels")
+        loras.add_flags(p)
+        p.add_argument("--min-snr-gamma", type=float, default=5.0, help="bound of the loss weights; 0 weights all times alike")
+        p.add_argument("--p-uncond", type=float, default=p_uncond, help="share of conditions replaced by the null one")
+        p.add_argument("--batch-size", type=int, default=batch_size, help="pictures a step and process")
+        p.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network")
+        p.add_argument("--lr", type=float, default=1e-4, help="learning rate, constant")
+        p.add_argument("--ema-decay", type=float, default=0.999, help="of the averaged adapter")
+        p.add_argument("--epochs", type=float, help="passes over the pictures, instead of --steps")
+        p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                       help="of the frozen weights; auto is bfloat16 on a GPU. Adapters are float32")
+        p.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=name == "train-unet3",
+                       help="compute activations twice instead of keeping them")
+        training.add_flags(p, 10_000)
+    args = parser.parse_args(argv)
+    (make_tiny if args.command == "make-tiny" else train)(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

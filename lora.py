@@ -10,6 +10,7 @@ DoRA    arXiv:2402.09353  Eq. 5, 11         W' = m (W + B A) / ||W + B A||, a no
     load(base, "runs/adapter"); merge(base)
 """
 
+import argparse
 import math
 import re
 from dataclasses import dataclass, field
@@ -189,6 +190,26 @@ def remove(model):
         model.set_submodule(name, layer.base)
     if hasattr(model, "lora_config"):
         del model.lora_config
+
+
+# Flags of the training scripts
+
+
+FLAGS = ("rank", "alpha", "rslora", "dora", "lora_dropout", "targets")
+
+
+def add_flags(parser, flag="--rank", rank=128):
+    parser.add_argument(flag, dest="rank", metavar="RANK", type=int, default=rank, help="rank of the adapter")
+    parser.add_argument("--alpha", type=float, help="strength: the change is alpha / rank B A; the rank without it")
+    parser.add_argument("--rslora", action=argparse.BooleanOptionalAction, default=False, help="alpha / sqrt(rank) instead")
+    parser.add_argument("--dora", action=argparse.BooleanOptionalAction, default=False, help="learn a norm per output too")
+    parser.add_argument("--lora-dropout", type=float, default=0.0, help="dropout before A")
+    parser.add_argument("--targets", nargs="+", default=list(LoRAConfig.targets), help="ends of the layers' names")
+
+
+def config_of(args):
+    alpha = args.rank if args.alpha is None else args.alpha
+    return LoRAConfig(args.rank, alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
 
 
 # Folders, as PEFT writes them: tensors under base_model.model.NAME.lora_A.weight and so on

@@ -7,6 +7,7 @@ Self-conditioning  arXiv:2208.04202  Sec. 3.2 and Algorithm 1
 CLIP  arXiv:2103.00020  Sec. 2.4, the text transformer
 
     python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
+    python msdm.py --data data/mine --base runs/msdm/best.safetensors --lora 8 --out runs/adapter
     python msdm.py import --unet FILE --vae FILE --out runs/released.safetensors      # the paper's released weights
 """
 
@@ -20,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import lora as loras
 import sampler
 import training
 import unet as unets
@@ -184,6 +186,10 @@ class MSDM(nn.Module):
     @property
     def device(self):
         return self.unet.conv_in.weight.device
+
+    @property
+    def T(self):
+        return self.diffusion.T
 
     def latent_shape(self):
         side = self.diffusion.image_size // self.vae.factor
@@ -427,14 +433,22 @@ def train(args, recipe):
     """Train the U-Net, and a text encoder of its own where no public one is named, on the latents of a data folder."""
     ranks = training.start_ranks(args.device)
     device = ranks.device
-    vae, size = vaes.load(args.vae).to(device), recipe.diffusion.image_size
+    base = load(args.base, device) if args.base else None
+    if base:
+        recipe = replace(recipe, diffusion=base.diffusion)
+        training.seed_step(args.seed, "weights")
+        names = loras.inject(base.unet, loras.config_of(args))
+        print(f"{args.base}: an adapter on {len(names)} layers", file=sys.stderr)
+    vae, size = base.vae if base else vaes.load(args.vae).to(device), recipe.diffusion.image_size
     multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
-    if size % multiple:
+    if not base and size % multiple:
         raise BadInput(f"--size {size} is not divisible by {multiple}: {args.vae} and the U-Net halve the picture so often")
     records = data.read_folder(args.data, args.captions)
     train_records, val_records = data.split(records, seed=args.seed)
     fixed = {k: v for k, v in asdict(recipe).items() if k != "steps"}
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"recipe": fixed, "vae_hash": file_hash(args.vae)}
+    unsaid = ("out", "base", *(() if base else loras.FLAGS))
+    settings = {k: v for k, v in vars(args).items() if k not in unsaid}
+    settings |= {"recipe": fixed, "vae_hash": file_hash(args.base or args.vae)}
     run = training.Run(args.out, settings, data.fingerprint(records), ranks)
 
     def latents_of(part, records, jitter, views):
@@ -449,17 +463,24 @@ def train(args, recipe):
     val_latents, val_records = latents_of("val", val_records, 0.0, 1)
 
     training.seed_step(args.seed, "weights")
-    if recipe.text_encoder == "train":
+    if base:
+        text = base.text
+    elif recipe.text_encoder == "train":
         tokenizer, vocab = learn_tokenizer([p for r in train_records for p in r.prompts])
         text = TextTransformer(TextConfig(tokenizer, vocab))
     else:
         text = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if device.type == "cuda" else torch.float32)
     text_dim = text.config.dim if text.trained else text.model.config.hidden_size
     config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
-    model = MSDM(UNet(config).to(memory_format=torch.channels_last), vae, text, recipe.diffusion).to(device)
+    if base:
+        config = base.unet.config
+    model = base or MSDM(UNet(config).to(memory_format=torch.channels_last), vae, text, recipe.diffusion).to(device)
     params = {f"unet.{k}": p for k, p in model.unet.named_parameters()}
     params |= {f"text.{k}": p for k, p in text.named_parameters() if text.trained}
-    opt = training.Optimisers(params, recipe.lr, recipe.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
+    if base:
+        params = loras.tensors(model.unet)
+    muon_lr = None if base else recipe.muon_lr
+    opt = training.Optimisers(params, recipe.lr, muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, recipe.ema_decay)
     alpha_bar = recipe.diffusion.alpha_bar().float().to(device)
     source = PromptSource(train_records, val_records, text, recipe.join, recipe.p_uncond)
@@ -474,6 +495,12 @@ def train(args, recipe):
             ema.average[k].copy_(state["ema"][k])
         opt.load_state_dict(state["optimiser"])
 
+    def save(name, metadata):
+        if not base:
+            run.save_checkpoint(name, model.tensors(), metadata)
+        elif ranks.first:
+            loras.save(model.unet, run.folder / name)
+
     def checkpoint(step):
         nonlocal best
         ema.swap()
@@ -485,8 +512,8 @@ def train(args, recipe):
         run.log(step=step, val_loss=val)
         if val < best:
             best = val
-            run.save_checkpoint("best", model.tensors(), metadata)
-        run.save_checkpoint("last", model.tensors(), metadata)
+            save("best", metadata)
+        save("last", metadata)
         if shown and ranks.first:
             pictures = model.sample(shown, seed=0, steps=args.sample_steps, solver="dpmpp")
             data.write_grid(run.folder / "samples" / f"{step:07d}.png", pictures)
@@ -496,6 +523,7 @@ def train(args, recipe):
         run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
                         "weights": {k: p.detach() for k, p in params.items()}})
 
+    model.unet.train()
     vae.eval()
     n, b = len(train_records), recipe.batch_size
     loop = training.Loop(f"msdm {args.preset}", start, recipe.steps, args.minutes, quiet=not ranks.first)
@@ -528,7 +556,7 @@ def train(args, recipe):
             checkpoint(step + 1)
     loop.finish()
     if ranks.first:
-        print(f"{run.folder}/best.safetensors: validation loss {best:.4f}")
+        print(f"{run.folder}/best{'' if base else '.safetensors'}: validation loss {best:.4f}")
 
 
 def main(argv=None):
@@ -542,7 +570,9 @@ def main(argv=None):
     recipe = RECIPES[preset]
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--captions", help="captions file, when it is not the folder's own")
-    parser.add_argument("--vae", required=True, help="checkpoint of vae.py")
+    parser.add_argument("--vae", help="checkpoint of vae.py")
+    parser.add_argument("--base", help="checkpoint of msdm.py to go on from by an adapter; all but its U-Net stays as it is")
+    loras.add_flags(parser, "--lora", None)
     parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
     parser.add_argument("--size", type=int, default=recipe.diffusion.image_size, help="side of the pictures, pixels")
     parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how a picture becomes a square")
@@ -559,6 +589,8 @@ def main(argv=None):
     parser.add_argument("--sample-steps", type=int, default=25, help="solver steps of the sample grid")
     training.add_flags(parser, recipe.steps)
     args = parser.parse_args(argv)
+    if (args.base is None) != (args.rank is None) or (args.base is None) == (args.vae is None):
+        raise BadInput("give either --vae CHECKPOINT or --base CHECKPOINT --lora RANK")
     recipe = replace(recipe, diffusion=replace(recipe.diffusion, image_size=args.size), text_encoder=args.text_encoder,
                      batch_size=args.batch_size, lr=args.lr, p_uncond=args.p_uncond, jitter=args.jitter, views=args.views,
                      join=args.join, ema_decay=args.ema_decay, steps=args.steps)

@@ -11,6 +11,9 @@ Guidance     arXiv:2207.12598  Eq. 6: its w is guidance - 1
 Spacing      arXiv:2305.08891  Table 2
 
     python sampler.py --ckpt runs/msdm/best.safetensors --prompt "Generate an image with 2 polyps." -n 8 --grid --out out
+    python sampler.py --ckpt PRIOR_FOLDER --decoder DECODER_FOLDER --prior-lora runs/prior/best --decoder-lora runs/decoder/best \
+        --prompts prompts.csv --size 256 --out out/kandinsky22
+    python sampler.py --ckpt KANDINSKY_3_FOLDER --lora runs/unet3/best --prompts prompts.csv --size 256 --out out/kandinsky3
 """
 
 import argparse
@@ -197,8 +200,8 @@ def read_prompts(args):
     return [p for p in prompts for _ in range(args.n)]
 
 
-def write_samples(model, prompts, args, settings):
-    """Pictures into args.out as a data folder; those that are there already stay (DESIGN.md 5)."""
+def write_samples(model, prompts, args, settings, size):
+    """Pictures into args.out as a data folder; those that are there already stay (DESIGN.md 5). size: keywords of the model."""
     import csv
     import json
     from pathlib import Path
@@ -227,11 +230,13 @@ def write_samples(model, prompts, args, settings):
 
     files = [out / "images" / f"{i:06d}.png" for i in range(len(prompts))]
     missing = [i for i, f in enumerate(files) if not f.exists()]
+    if missing and hasattr(model, "encode_once"):  # Kandinsky 3 reads all texts first: its encoder is freed before it draws
+        model.encode_once([*(prompts[i] for i in missing), args.negative_prompt], cache=out)
     with tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="picture") as bar:
         for start in range(0, len(missing), args.batch_size):
             part = missing[start:start + args.batch_size]
             pictures = model.sample_batch([prompts[i] for i in part], [args.seed + i for i in part], args.steps, args.solver,
-                                          args.guidance, args.negative_prompt)
+                                          args.guidance, args.negative_prompt, **size)
             for i, picture in zip(part, pictures.numpy(), strict=True):
                 data.write_image(files[i], picture.transpose(1, 2, 0))
             bar.update(len(part))
@@ -240,37 +245,99 @@ def write_samples(model, prompts, args, settings):
         data.write_grid(out / "grid.png", np.stack(shown))
 
 
+def load_model(args):
+    """(the model of --ckpt with its adapters, the networks that the adapters are on, the hashes of all that was read).
+
+    A file is a checkpoint of msdm.py; a folder, or a name on the hub, is Kandinsky's.
+    """
+    from pathlib import Path
+
+    import kandinsky
+    import lora
+    import msdm
+    from weights import BadInput, best_device, fetch, file_hash, folder_hash
+
+    def refuse(kind, *flags):
+        for flag in flags:
+            if getattr(args, flag):
+                raise BadInput(f"--{flag.replace('_', '-')} is not for {kind}, which --ckpt {args.ckpt} is")
+
+    device = best_device(args.device)
+    hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in ("lora", "prior_lora", "decoder_lora")}
+    if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
+        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "dtype", "text_device")
+        model = msdm.load(args.ckpt, device)
+        if args.lora:
+            lora.load(model.unet, args.lora)
+        return model, [model.unet], hashes | {"checkpoint": file_hash(args.ckpt)}
+    folder, dtype = fetch(args.ckpt), getattr(torch, args.dtype or "float32")
+    if (folder / "prior").is_dir():
+        refuse("a Kandinsky 2.2 prior", "lora", "text_device")
+        if not args.decoder:
+            raise BadInput(f"{args.ckpt} is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder")
+        decoder = fetch(args.decoder)
+        model = kandinsky.Kandinsky22.from_pretrained(folder, decoder, args.prior_lora, args.decoder_lora, dtype)
+        networks, hashes["decoder"] = [model.prior, model.decoder], folder_hash(decoder)
+    elif (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
+        refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora")
+        model = kandinsky.Kandinsky3.from_pretrained(folder, args.lora, dtype, args.text_device)
+        networks = [model.unet]
+    else:
+        raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the folder of Kandinsky 3")
+    return model.to(device), networks, hashes | {"checkpoint": folder_hash(folder)}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures for prompts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="checkpoint of msdm.py")
+    parser.add_argument("--ckpt", required=True, help="checkpoint of msdm.py, or published folder of Kandinsky 2.2's prior or of 3")
+    parser.add_argument("--decoder", help="folder of the decoder (Kandinsky 2.2)")
+    parser.add_argument("--lora", help="adapter folder (MSDM, Kandinsky 3)")
+    parser.add_argument("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")
+    parser.add_argument("--decoder-lora", help="adapter folder of the decoder (Kandinsky 2.2)")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="strength of the adapters; 0 is the model without them")
     parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     parser.add_argument("--prompts", help="file of prompts: .txt, one a line, or .csv with a Prompt column")
     parser.add_argument("-n", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i")
-    parser.add_argument("--steps", type=int, default=150, help="solver steps, 1 to 1000")
+    parser.add_argument("--steps", type=int, help="solver steps, 1 to 1000; None: 150 for MSDM, 50 for Kandinsky 2.2, 25 for 3")
     parser.add_argument("--solver", choices=sorted(SOLVERS), default="ddpm", help="how noise becomes a picture")
-    parser.add_argument("--guidance", type=float, default=4.5, help="uncond + guidance (cond - uncond); 1 is off")
+    parser.add_argument("--guidance", type=float,
+                        help="uncond + guidance (cond - uncond); 1 is off; None: 4.5 for MSDM, 4.0 for Kandinsky")
     parser.add_argument("--negative-prompt", default="", help="what guidance moves away from")
+    parser.add_argument("--size", type=int, help="side of the pictures, pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; does not change them")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (Kandinsky); None: float32")
+    parser.add_argument("--text-device", help="where the text encoder runs, when not on --device (Kandinsky 3)")
     parser.add_argument("--grid", action=argparse.BooleanOptionalAction, default=False,
                         help="also a sheet of the first 64, grid.png")
     parser.add_argument("--out", required=True, help="data folder to write; the same command again makes only what is missing")
     args = parser.parse_args(argv)
 
-    import msdm
-    from weights import BadInput, best_device, file_hash, text_hash
+    import inspect
 
-    if args.n < 1 or args.batch_size < 1 or args.steps < 1:
-        raise BadInput(f"-n {args.n}, --batch-size {args.batch_size}, --steps {args.steps}: expected 1 or more")
+    import lora
+    from weights import BadInput, text_hash
+
+    for name in ("n", "batch_size", "steps", "size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInput(f"{'-n' if name == 'n' else '--' + name.replace('_', '-')} {value}: expected 1 or more")
     prompts = read_prompts(args)
-    model = msdm.load(args.ckpt, best_device(args.device))
-    if args.steps > model.diffusion.T:
-        raise BadInput(f"--steps {args.steps}: the checkpoint's schedule has {model.diffusion.T} times")
-    settings = {"checkpoint": file_hash(args.ckpt), "prompts": text_hash(*prompts), "steps": args.steps, "solver": args.solver,
-                "guidance": args.guidance, "negative_prompt": args.negative_prompt, "seed": args.seed}
-    write_samples(model, prompts, args, settings)
+    model, networks, hashes = load_model(args)
+    own = {k: p.default for k, p in inspect.signature(model.sample).parameters.items()}  # what the model is drawn with by default
+    args.steps, args.guidance = (own[k] if getattr(args, k) is None else getattr(args, k) for k in ("steps", "guidance"))
+    size = {k: args.size or own[k] for k in ("height", "width") if k in own}
+    if args.steps > model.T:
+        raise BadInput(f"--steps {args.steps}: the checkpoint's schedule has {model.T} times")
+    for network in networks:
+        lora.set_scale(network, args.lora_scale)
+    adapted = any(lora.layers(network) for network in networks)
+    settings = hashes | {"prompts": text_hash(*prompts), "steps": args.steps, "solver": args.solver, "guidance": args.guidance,
+                         "negative_prompt": args.negative_prompt, "seed": args.seed, "size": size.get("height"),
+                         "dtype": args.dtype or ("float32" if size else None), "lora_scale": args.lora_scale if adapted else None}
+    write_samples(model, prompts, args, settings, size)
 
 
 if __name__ == "__main__":

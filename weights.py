@@ -147,6 +147,14 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def folder_hash(folder):
+    """text_hash over the names and the hashes of all files below a folder."""
+    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and not f.name.startswith("."))
+    if not files:
+        raise BadInput(f"{folder}: expected a folder with files of a model")
+    return text_hash(*(part for f in files for part in (f.relative_to(folder), file_hash(f))))
+
+
 def text_hash(*texts):
     """SHA-256 over strings, each ended by a zero byte, as 16 hex digits: the key of a cache."""
     h = hashlib.sha256()

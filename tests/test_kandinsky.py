@@ -79,7 +79,7 @@ def test_prior_and_towers_match_the_reference():
     close(embed, r["text.text_embeds"], 1e-4)
     close(states, r["text.last_hidden_state"], 1e-4)
     assert torch.equal(mask, r["text.attention_mask"].bool())
-    close(k.encode_image(r["vision.pixel_values"]), r["vision.image_embeds"], 1e-4)
+    close(kandinsky.clip_images(k.image_encoder, r["vision.pixel_values"]), r["vision.image_embeds"], 1e-4)
     close(k.prior(r["prior.hidden_states"], r["prior.timestep"], embed, states, mask), r["prior.predicted_image_embedding"], 1e-4)
 
 
