@@ -957,7 +957,7 @@ class Source:
         file = self.cache / f"{name}-{text_hash(*key)}.safetensors"
         if file.is_file():
             return load_safetensors(file)[0]
-        tensors = {k: v.detach().cpu() for k, v in make().items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}  # as from the file, to the strides
         if self.ranks.first:
             save_safetensors(file, tensors)
         return tensors
