@@ -262,7 +262,7 @@ def test_bad_input_is_one_line_and_writes_no_adapter(made, tmp_path, name, chang
 
 def test_a_run_with_other_settings_is_refused(made):
     before = folder_hash(made / "train-prior")
-    with pytest.raises(BadInput, match="started with rank=4, now rank=8"):
+    with pytest.raises(BadInput, match="started with alpha=4, now alpha=8"):
         kandinsky.main(flags(made, "train-prior", made / "train-prior", "--rank", 8))
     assert folder_hash(made / "train-prior") == before
 
