@@ -80,8 +80,14 @@ test: .venv/installed  ## ruff and pytest
 	.venv/bin/ruff check .
 	$(PY) -m pytest
 
+bench: .venv/installed  ## speed of the networks and metrics against this machine's matmul rate
+	$(PY) tests/bench.py
+
+metrics: .venv/installed  ## FID, precision, recall and more of FAKE= against REAL= [WEIGHTS=file or rule]
+	$(PY) metrics.py --real $(REAL) --fake $(FAKE) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
 clean:  ## remove what the commands made, but not the installation
 	rm -rf data/phantom data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help phantom train-vae train-msdm train-kandinsky22 train-kandinsky3 sample test clean
+.PHONY: help phantom train-vae train-msdm train-kandinsky22 train-kandinsky3 sample metrics test bench clean
 .DEFAULT_GOAL := help

@@ -15,7 +15,6 @@ torchvision's. The functions on arrays know nothing of images; the second half o
 
 import argparse
 import math
-import pickle
 import shutil
 import sys
 import time
@@ -39,6 +38,7 @@ from weights import (
     best_device,
     file_hash,
     load_safetensors,
+    read_state,
     replacing,
     run_command,
     save_safetensors,
@@ -354,21 +354,6 @@ def fill(net, weights, which):
     net.load_state_dict({k: v if k.endswith("tracked") else v.float() for k, v in found.items()}, assign=True)
     net.eval().requires_grad_(False)
     return source
-
-
-def read_state(path):
-    """State dict of a .safetensors file, or of a .pth that holds tensors and nothing that must be unpickled."""
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)[0]
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file, expected Inception weights (.pth or .safetensors)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    return state
 
 
 def published_file(which):

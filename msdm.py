@@ -6,8 +6,9 @@ CFG   arXiv:2207.12598  Algorithm 1, text dropped at random
 Self-conditioning  arXiv:2208.04202  Sec. 3.2 and Algorithm 1
 CLIP  arXiv:2103.00020  Sec. 2.4, the text transformer
 
-    python msdm.py --data data/phantom --vae runs/vae/last.safetensors --out runs/msdm
+    python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
     python msdm.py --data data/mine --base runs/msdm/best.safetensors --lora 8 --out runs/adapter
+    python msdm.py import --unet FILE --vae FILE --out runs/released.safetensors      # the paper's released weights
 """
 
 import argparse
@@ -27,7 +28,16 @@ import unet as unets
 import vae as vaes
 from unet import UNet, UNetConfig, attention
 from vae import VAE, VAEConfig
-from weights import BadInput, file_hash, load_safetensors, load_state, run_command, save_safetensors, text_hash
+from weights import (
+    BadInput,
+    file_hash,
+    load_safetensors,
+    load_state,
+    read_state,
+    run_command,
+    save_safetensors,
+    text_hash,
+)
 
 # Text: a small CLIP text transformer that is trained along, or a public frozen one
 
@@ -38,7 +48,7 @@ class TextConfig:
 
     tokenizer: str
     vocab: int
-    length: int = 48
+    length: int = 96
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
@@ -113,16 +123,26 @@ def learn_tokenizer(prompts, vocab=1024):
     return tok.to_str(), tok.get_vocab_size()
 
 
-class FrozenCLIP(nn.Module):
-    """A public CLIP text model by name or folder: last hidden states of prompts padded to 64 tokens, never trained, not copied."""
+class NamedText(nn.Module):
+    """A public text encoder that is only named, for a checkpoint that is written without it."""
 
     trained = False
 
-    def __init__(self, name, length=64, dtype=torch.float32):
+    def __init__(self, name, length=64):
         super().__init__()
+        self.name, self.length = name, length
+
+    def describe(self):
+        return {"name": self.name, "length": self.length}
+
+
+class FrozenCLIP(NamedText):
+    """A public CLIP text model by name or folder: last hidden states of prompts padded to 64 tokens, never trained, not copied."""
+
+    def __init__(self, name, length=64, dtype=torch.float32):
+        super().__init__(name, length)
         from transformers import AutoTokenizer, CLIPTextModel
 
-        self.name, self.length = name, length
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = CLIPTextModel.from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
@@ -136,9 +156,6 @@ class FrozenCLIP(nn.Module):
                                 return_tensors="pt").to(self.model.device)
         states = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return states.float(), tokens.attention_mask.bool()
-
-    def describe(self):
-        return {"name": self.name, "length": self.length}
 
 
 # The model
@@ -229,6 +246,67 @@ def load(path, device="cpu") -> MSDM:
     return MSDM(unet, vae, text, Diffusion(**meta["diffusion"])).to(device).eval().requires_grad_(False)
 
 
+# The paper's released weights, read into our own networks
+
+
+def unet_from_release(source) -> UNet:
+    """The paper's U-Net from a file or a state dict in the released names; its sizes are read off the tensors."""
+    tensors, name = _released(source)
+    try:
+        widths = [tensors["in_conv.conv.weight"].shape[0]]
+        while (key := f"in_blocks.{3 * len(widths) - 3}.0.block_seq.0.basic_block.conv.weight") in tensors:
+            widths.append(tensors[key].shape[0])
+        in_channels = tensors["outc.conv.conv.weight"].shape[0]
+        time_dim, text_dim = tensors["cond_projection_linear.weight"].shape
+        self_conditioning = tensors["in_conv.conv.weight"].shape[1] == 2 * in_channels
+    except KeyError as error:
+        raise BadInput(f"{name}: not the released U-Net, it has no tensor {error}") from None
+    config = UNetConfig(in_channels, tuple(widths), time_dim, text_dim, self_conditioning=self_conditioning)
+    with torch.device("meta"):
+        unet = UNet(config)
+    return load_state(unet, tensors, name, unets.released_names(config)).eval()
+
+
+def vae_from_release(source) -> VAE:
+    """The paper's autoencoder, likewise; latent scale 1."""
+    tensors, name = _released(source)
+    try:
+        widths = [tensors["inc.block_seq.0.basic_block.conv.weight"].shape[0]]
+        while (key := f"encoders.{len(widths) - 1}.down_op.down_op.weight") in tensors:
+            widths.append(tensors[key].shape[0])
+        config = VAEConfig(tuple(widths), tensors["out_enc.1.conv.weight"].shape[0] // 2)
+    except KeyError as error:
+        raise BadInput(f"{name}: not the released VAE, it has no tensor {error}") from None
+    with torch.device("meta"):
+        vae = VAE(config)
+    return load_state(vae, tensors | {"latent_scale": torch.ones(())}, name, vaes.released_names(config)).eval()
+
+
+def _released(source):
+    return (source, "state dict") if isinstance(source, dict) else (read_state(source), source)
+
+
+def import_release(argv):
+    """msdm.py import: released files into a checkpoint of ours."""
+    parser = argparse.ArgumentParser(prog="msdm.py import", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Turn weights of the paper's released code into a checkpoint for sampler.py.")
+    parser.add_argument("--unet", required=True, help="U-Net in the released names, .safetensors or .pth")
+    parser.add_argument("--vae", required=True, help="autoencoder in the released names")
+    parser.add_argument("--text-encoder", default=RECIPES["paper"].text_encoder, help="CLIP text model by name or folder")
+    parser.add_argument("--size", type=int, default=RECIPES["paper"].diffusion.image_size, help="side of the pictures, pixels")
+    parser.add_argument("--out", required=True, help="checkpoint to write")
+    args = parser.parse_args(argv)
+    unet, vae = unet_from_release(args.unet), vae_from_release(args.vae)
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise BadInput(f"{args.unet} draws latents of {unet.config.in_channels} channels, "
+                       f"{args.vae} makes {vae.config.latent_channels}")
+    diffusion = replace(RECIPES["paper"].diffusion, image_size=args.size)
+    model = MSDM(unet, vae, NamedText(args.text_encoder), diffusion)
+    save_safetensors(args.out, model.tensors(), model.describe())
+    print(f"{args.out}: U-Net of {sum(p.numel() for p in unet.parameters()):,} and VAE of "
+          f"{sum(p.numel() for p in vae.parameters()):,} parameters; text encoder {args.text_encoder}")
+
+
 # Training: presets are data
 
 
@@ -242,6 +320,7 @@ class Recipe:
     steps: int
     batch_size: int
     lr: float
+    muon_lr: float | None  # of the U-Net's inner matrices, by Muon; None: AdamW for all
     warmup: int
     cosine: bool  # the learning rate falls to zero at the last step
     ema_decay: float
@@ -254,10 +333,9 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64,
-                    lr=1e-4, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
-    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=4000,
-                   batch_size=16, lr=1e-3,
-                   warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=4),
+                    lr=1e-4, muon_lr=None, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
+    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=2600,
+                   batch_size=16, lr=1e-3, muon_lr=3e-3, warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=8),
 }
 
 
@@ -358,6 +436,7 @@ def train(args, recipe):
     base = load(args.base, device) if args.base else None
     if base:
         recipe = replace(recipe, diffusion=base.diffusion)
+        training.seed_step(args.seed, "weights")
         names = loras.inject(base.unet, loras.config_of(args))
         print(f"{args.base}: an adapter on {len(names)} layers", file=sys.stderr)
     vae, size = base.vae if base else vaes.load(args.vae).to(device), recipe.diffusion.image_size
@@ -395,12 +474,13 @@ def train(args, recipe):
     config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
     if base:
         config = base.unet.config
-    model = base or MSDM(UNet(config), vae, text, recipe.diffusion).to(device)
+    model = base or MSDM(UNet(config).to(memory_format=torch.channels_last), vae, text, recipe.diffusion).to(device)
     params = {f"unet.{k}": p for k, p in model.unet.named_parameters()}
     params |= {f"text.{k}": p for k, p in text.named_parameters() if text.trained}
     if base:
         params = loras.tensors(model.unet)
-    opt = torch.optim.AdamW(params.values(), lr=recipe.lr, weight_decay=0.0, fused=True)
+    muon_lr = None if base else recipe.muon_lr
+    opt = training.Optimisers(params, recipe.lr, muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, recipe.ema_decay)
     alpha_bar = recipe.diffusion.alpha_bar().float().to(device)
     source = PromptSource(train_records, val_records, text, recipe.join, recipe.p_uncond)
@@ -465,15 +545,12 @@ def train(args, recipe):
             (loss * len(part) / len(indices)).backward()
         ranks.average_gradients(params.values())
         norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-        lr = training.learning_rate(step, recipe.lr, recipe.warmup, recipe.steps if recipe.cosine else None)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        rate = training.rate(step, recipe.warmup, recipe.steps if recipe.cosine else None)
+        opt.step(rate)
         ema.update(step)
         if (step + 1) % args.log_every == 0:
             value = ranks.mean(loss.item())
-            run.log(step=step + 1, loss=value, grad_norm=norm.item(), lr=lr)
+            run.log(step=step + 1, loss=value, grad_norm=norm.item(), lr=rate * recipe.lr)
             loop.show(loss=f"{value:.4f}")
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)
@@ -483,10 +560,13 @@ def train(args, recipe):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["import"]:
+        return import_release(argv[1:])
     parser = argparse.ArgumentParser(description="Train MSDM's U-Net in the latents of a trained VAE.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
-    preset = parser.parse_known_args(argv)[0].preset if not {"-h", "--help"} & set(argv or []) else "tiny"
+    preset = "tiny" if {"-h", "--help"} & set(argv) else parser.parse_known_args(argv)[0].preset
     recipe = RECIPES[preset]
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--captions", help="captions file, when it is not the folder's own")

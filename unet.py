@@ -27,6 +27,7 @@ class UNetConfig:
     n_heads: int = 8
     dropout: float = 0.1
     self_conditioning: bool = True
+    coordinates: bool = False  # the network is told where a pixel lies
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
@@ -40,7 +41,7 @@ class UNetConfig:
 PRESETS = {
     "paper": UNetConfig(),
     "tiny": UNetConfig(in_channels=4, channels=(64, 64, 96, 128), time_dim=128, text_dim=128, n_heads=4, dropout=0.0,
-                       self_conditioning=False),
+                       self_conditioning=False, coordinates=True),
 }
 
 
@@ -75,6 +76,13 @@ def attention(q, k, v, n_heads, mask=None):
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(y, "b heads n d -> b n (heads d)")
+
+
+def coordinates(x):
+    """Where each pixel of x (b, c, h, w) lies: (b, 4, h, w), its x and y from -1 to 1, then the cosines of pi x and pi y."""
+    y, x_ = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
+    xy = torch.stack(torch.meshgrid(x_, y, indexing="xy"))
+    return torch.cat([xy, (math.pi * xy).cos()]).expand(len(x), -1, -1, -1)
 
 
 class ConvUnit(nn.Module):
@@ -141,13 +149,15 @@ class CrossAttention(nn.Module):
 class TextBlock(nn.Module):
     """The pixels look at the words, then each pixel thinks: x + attention(norm(x), text), x + feed_forward(norm(x)).
 
-    Without a text they look at each other.
+    Without a text they look at each other. With coordinates a pixel knows where it lies when it asks the words: "upper-left"
+    is then a linear matter.
     """
 
-    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32):
+    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32, coordinates=False):
         super().__init__()
+        self.coordinates = coordinates
         self.norm_1 = AdaGroupNorm(ch, emb_dim, groups)
-        self.attention = CrossAttention(ch, text_dim, n_heads, dropout)
+        self.attention = CrossAttention(ch + 4 * coordinates, text_dim, n_heads, dropout, out_dim=ch)
         self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
@@ -156,7 +166,10 @@ class TextBlock(nn.Module):
 
     def forward(self, x, emb, text=None, text_mask=None):
         h, w = x.shape[-2:]
-        y = rearrange(self.norm_1(x, emb), "b c h w -> b (h w) c")
+        y = self.norm_1(x, emb)
+        if self.coordinates:
+            y = torch.cat([y, coordinates(y)], dim=1)
+        y = rearrange(y, "b c h w -> b (h w) c")
         y = self.attention(y, y if text is None else text, text_mask)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
         return x + self.feed_forward(self.norm_2(x, emb))
@@ -168,7 +181,8 @@ class Stage(nn.Module):
     def __init__(self, in_ch, out_ch, config):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
-        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout)
+        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
+                              coordinates=config.coordinates)
 
     def forward(self, x, emb, text, text_mask):
         return self.text(self.res(x, emb), emb, text, text_mask)
@@ -191,7 +205,7 @@ class UNet(nn.Module):
         self.text_pool = CrossAttention(dim, dim, n_heads=dim // 64)
         for layer in (*self.text_mlp[::2], self.text_pool.to_v, self.text_pool.to_out[0]):
             unit_variance(layer)
-        self.conv_in = nn.Conv2d(config.in_channels * (1 + config.self_conditioning), first, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels * (1 + config.self_conditioning) + 4 * config.coordinates, first, 3, padding=1)
 
         self.down, skips, ch = nn.ModuleList(), [first], first  # skips: widths that the way up takes back, last first
         for i, width in enumerate(widths):
@@ -221,6 +235,8 @@ class UNet(nn.Module):
             x_t = torch.cat([x_t, torch.zeros_like(x_t) if self_cond is None else self_cond], dim=1)
         elif self_cond is not None:
             raise ValueError("self_cond was given to a U-Net built with self_conditioning=False")
+        if self.config.coordinates:
+            x_t = torch.cat([x_t, coordinates(x_t)], dim=1)
         text_mask = None if text_mask is None else text_mask.bool()
         text = self.text_mlp(text)  # (b, n, time_dim)
         pooled = self.text_pool(text.mean(dim=1, keepdim=True), text, text_mask)[:, 0]  # the mean counts pad positions
@@ -238,3 +254,46 @@ class UNet(nn.Module):
             else:
                 x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv_out(x)
+
+
+# The same network in the names of the paper's released code: rename rules (weights.rename), published name first
+
+RELEASED_RES_NAMES = (
+    ("local_embedder.1", "emb"),
+    ("block_seq.0.basic_block", "unit_1"),
+    ("block_seq.1.basic_block", "unit_2"),
+    ("block_seq.0.conv_res", "unit_1.skip"),
+)
+
+
+def released_names(config):
+    """The rules of a U-Net of this config; the released way up is counted from the largest picture, three blocks a level."""
+    levels = len(config.channels) - 1
+    way_up = []
+    for k in range(3 * levels):
+        level, before = k // 3, 2 - k % 3  # the blocks of a level that come before this one
+        mine = 4 * (levels - 1 - level) + before
+        way_up += [(f"out_blocks.{k}.0", f"up.{mine}.res"), (f"out_blocks.{k}.1", f"up.{mine}.text")]
+        if level > 0 and before == 2:
+            way_up.append((f"out_blocks.{k}.2.up_op", f"up.{mine + 1}"))
+    return (
+        ("time_embedder.time_emb.1", "time_mlp.0"),
+        ("time_embedder.time_emb.3", "time_mlp.2"),
+        ("cond_projection_linear", "text_mlp.0"),
+        ("cond_projection_linear2", "text_mlp.2"),
+        ("cond_pooling.attention", "text_pool"),
+        ("in_conv.conv", "conv_in"),
+        ("outc.conv.conv", "conv_out"),
+        ("in_blocks.#.down_op", "down.#"),
+        ("in_blocks.#.0", "down.#.res"),
+        ("in_blocks.#.1", "down.#.text"),
+        ("middle_block.0", "mid_1.res"),
+        ("middle_block.1", "mid_1.text"),
+        ("middle_block.2", "mid_2"),
+        *way_up,
+        *RELEASED_RES_NAMES,
+        ("attention.in_norm.context_mlp.1", "norm_1.to_scale_shift"),
+        ("attention.out_norm.context_mlp.1", "norm_2.to_scale_shift"),
+        ("attention.feed_forward", "feed_forward"),
+        ("attention.attention", "attention"),
+    )

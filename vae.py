@@ -23,8 +23,8 @@ from torch import nn
 
 import data
 import training
-from unet import CrossAttention, ResBlock, zero_init
-from weights import BadInput, load_published, load_safetensors, load_state, run_command, supported
+from unet import RELEASED_RES_NAMES, CrossAttention, ResBlock, zero_init
+from weights import BadInput, load_published, load_safetensors, load_state, read_state, run_command, supported
 
 
 @dataclass
@@ -40,6 +40,23 @@ PRESETS = {
     "paper": VAEConfig(),
     "tiny": VAEConfig(channels=(16, 32, 64), latent_channels=4),
 }
+
+
+def released_names(config):
+    """Rename rules (weights.rename) of the paper's released autoencoder, whose decoder is counted from the largest picture."""
+    last = len(config.channels) - 2
+    return (
+        ("inc", "down.0"),
+        *((f"encoders.{i}.down_op.down_op", f"down.{2 * i + 1}") for i in range(last + 1)),
+        *((f"encoders.{i}.conv_block", f"down.{2 * i + 2}") for i in range(last + 1)),
+        ("out_enc.#.conv", "to_moments.#"),
+        ("inc_dec", "from_latent"),
+        *((f"decoders.{i}.up_op.up_op", f"up.{last - i}.0") for i in range(last + 1)),
+        *((f"decoders.{i}.conv_block", f"up.{last - i}.1") for i in range(last + 1)),
+        ("outc.conv", "to_img"),
+        ("outc_ver.0.conv", "to_half"),
+        *RELEASED_RES_NAMES,
+    )
 
 
 class VAE(nn.Module):
@@ -161,9 +178,8 @@ def find_perceptual(where):
             return None
         raise BadInput(f"--perceptual {where}: no such file, expected torchvision's VGG-16 weights, auto or off")
     try:
-        state = load_safetensors(path)[0] if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        return Perceptual(state)
-    except (RuntimeError, OSError, ValueError) as error:
+        return Perceptual(read_state(path))
+    except RuntimeError as error:
         raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
 
 
@@ -408,6 +424,7 @@ class Recipe:
     size: int
     batch_size: int
     lr: float
+    muon_lr: float | None  # of the inner weights, by Muon; None: AdamW for all
     steps: int
     l1_weight: float
     kl_weight: float
@@ -416,8 +433,10 @@ class Recipe:
 
 
 RECIPES = {
-    "paper": Recipe(size=256, batch_size=8, lr=1e-4, steps=50_000, l1_weight=0.0, kl_weight=1e-6, jitter=0.4, cosine=False),
-    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, steps=2000, l1_weight=1.0, kl_weight=3e-3, jitter=0.0, cosine=True),
+    "paper": Recipe(size=256, batch_size=8, lr=1e-4, muon_lr=None, steps=50_000, l1_weight=0.0, kl_weight=1e-6,
+                    jitter=0.4, cosine=False),
+    "tiny": Recipe(size=64, batch_size=16, lr=1e-3, muon_lr=3e-3, steps=800, l1_weight=1.0, kl_weight=3e-3,
+                   jitter=0.0, cosine=True),
 }
 
 
@@ -457,7 +476,7 @@ def train(args, recipe):
     training.seed_step(args.seed, "weights")
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
     params = dict(vae.named_parameters())
-    opt = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=True)
+    opt = training.Optimisers(params, args.lr, recipe.muon_lr, ends=("down.0.", "to_img", "to_half"))
     state, start, best = run.resume(), 0, float("inf")
     if state is not None:
         start, best = state["step"], state["best"]
@@ -503,13 +522,10 @@ def train(args, recipe):
         loss.backward()
         ranks.average_gradients(params.values())
         nn.utils.clip_grad_norm_(params.values(), 1.0)
-        lr = training.learning_rate(step, args.lr, 100, args.steps if recipe.cosine else None)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        rate = training.rate(step, 100, args.steps if recipe.cosine else None)
+        opt.step(rate)
         if (step + 1) % args.log_every == 0:
-            run.log(step=step + 1, loss=ranks.mean(loss.item()), lr=lr, **{k: v.item() for k, v in parts.items()})
+            run.log(step=step + 1, loss=ranks.mean(loss.item()), lr=rate * args.lr, **{k: v.item() for k, v in parts.items()})
             loop.show(loss=f"{loss.item():.4f}")
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def run_command(main):
         sys.exit(130)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -94,6 +98,23 @@ def _metadata(f):
     return json.loads(metadata["json"]) if metadata.keys() == {"json"} else metadata
 
 
+def read_state(path):
+    """State dict of a .safetensors file, or of a .pt, .pth or .ckpt that holds tensors and nothing that must be unpickled."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)[0]
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file, expected weights (.safetensors or .pth)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+    return state
+
+
 def load_state(module, tensors, source, rules=(), dtype=None):
     """Fill a module built on the meta device: every parameter set, every tensor used, or an error that lists the rest.
 
@@ -144,7 +165,13 @@ def text_hash(*texts):
 
 def best_device(name="auto"):
     """"auto" is CUDA when there is one, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = re.split(r"[.:,(\n]", str(error))[0]
+        raise BadInput(f"--device {name}: not a device of this machine ({reason})") from None
 
 
 # The mapper: checkpoints published elsewhere, read into our own modules

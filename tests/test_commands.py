@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,13 +50,10 @@ def test_a_run_folder_holds_what_the_design_says(made):
     assert all((run_folder / f).exists() for f in ("last.safetensors", "best.safetensors", "state.pt"))
 
 
-@pytest.mark.parametrize("script", ["vae.py", "msdm.py"])
-def test_a_killed_run_ends_with_the_same_bytes(made, script, tmp_path):
-    whole = made / ("vae" if script == "vae.py" else "msdm")
-    flags = msdm_flags(made) if script == "msdm.py" else [
-        "--data", made / "data", "--size", 32, "--steps", 6, "--perceptual", "off"]
-    flags += ["--out", tmp_path / "again", "--save-every", 2 if script == "vae.py" else 4]
-    killed = subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], env=ENV, stdout=subprocess.DEVNULL,
+def test_a_killed_vae_run_ends_with_the_same_bytes(made, tmp_path):
+    flags = ["--data", made / "data", "--size", 32, "--steps", 6, "--perceptual", "off", "--save-every", 2]
+    flags += ["--out", tmp_path / "again"]
+    killed = subprocess.Popen([sys.executable, HERE / "vae.py", *map(str, flags)], env=ENV, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL)
     state = tmp_path / "again" / "state.pt"
     for _ in range(3000):
@@ -65,8 +63,19 @@ def test_a_killed_run_ends_with_the_same_bytes(made, script, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert state.exists()
-    run(script, *flags)
-    assert file_hash(tmp_path / "again" / "last.safetensors") == file_hash(whole / "last.safetensors")
+    run("vae.py", *flags)
+    assert file_hash(tmp_path / "again" / "last.safetensors") == file_hash(made / "vae" / "last.safetensors")
+
+
+def test_killed_msdm_runs_end_with_the_same_files(tmp_path):
+    kill.prepare(tmp_path)
+    for step in (0, 6, 13):  # before the first state, after one, between the last step and its state
+        assert kill.kill_at(tmp_path, f"killed-{step}", step)[0] == []
+
+
+def test_the_same_folder_with_another_setting_is_refused(made):
+    flags = [made / "msdm" if f == "OUT" else f for f in (*msdm_flags(made), "--out", "OUT", "--lr", 0.5)]
+    assert "this run was started with" in run("msdm.py", *flags, expect=2).stderr
 
 
 def test_ctrl_c_saves_and_leaves_with_130(made, tmp_path):

@@ -32,11 +32,11 @@ def test_seeds_differ_by_step_and_rank_and_repeat():
     assert torch.equal(draws[0, 1], torch.randn(3, generator=training.seed_step(0, 0, 1)))
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
-    assert training.learning_rate(0, 1.0, 10) == pytest.approx(0.1)
-    assert training.learning_rate(50, 1.0, 10) == 1.0
-    assert training.learning_rate(100, 1.0, 10, steps=100) == pytest.approx(0.0)
-    assert training.learning_rate(50, 1.0, 10, steps=100) == pytest.approx(0.5)
+def test_the_rate_warms_up_and_falls_to_zero():
+    assert training.rate(0, 10) == pytest.approx(0.1)
+    assert training.rate(50, 10) == 1.0
+    assert training.rate(100, 10, steps=100) == pytest.approx(0.0)
+    assert training.rate(50, 10, steps=100) == pytest.approx(0.5)
 
 
 def test_ema_of_constant_weights_is_their_value_and_swap_undoes_itself():
@@ -113,3 +113,23 @@ def test_numpy_is_not_seeded_behind_the_users_back():
     before = np.random.get_state()[1][:3].tolist()
     training.batch_indices(10, 4, 0, 0)
     assert np.random.get_state()[1][:3].tolist() == before
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 20, 8, generator=g) @ torch.diag(torch.logspace(0, -1.5, 8))
+    values = torch.linalg.svdvals(training.orthogonalise(x))
+    assert values.min() > 0.6 and values.max() < 1.3 and torch.linalg.svdvals(x).min() < 0.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    nearest = (u @ v).flatten(1)  # the orthogonal factor of the polar decomposition
+    assert torch.cosine_similarity(training.orthogonalise(x).flatten(1), nearest).min() > 0.97
+
+
+def test_muons_step_has_a_fifth_of_the_learning_rate_whatever_the_gradients_size():
+    for shape in ((16, 64), (64, 16), (16, 4, 3, 3)):
+        for size in (1e-3, 1e3):
+            p = torch.nn.Parameter(torch.zeros(shape))
+            p.grad = size * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            training.Muon([p], lr=0.1).step()
+            assert p.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.25)
+            assert (p * p.grad).sum() < 0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unet import PRESETS, CrossAttention, UNet, UNetConfig, attention, sinusoidal
+from unet import PRESETS, CrossAttention, UNet, UNetConfig, attention, coordinates, sinusoidal
 
 SMALL = UNetConfig(in_channels=4, channels=(32, 32, 64), time_dim=64, text_dim=16, n_heads=4, dropout=0.0)
 
@@ -49,6 +49,16 @@ def test_masked_words_are_not_looked_at_but_count_in_the_pooled_query():
     net = small()
     torch.testing.assert_close(net(x_t, t, text, torch.ones(2, 5)), net(x_t, t, text))
     assert not torch.allclose(net(x_t, t, text, mask)[0], net(x_t, t, other, mask)[0], atol=1e-5)  # by the mean over all positions
+
+
+def test_coordinates_say_where_a_pixel_lies():
+    where = coordinates(torch.zeros(2, 3, 5, 9))
+    assert where.shape == (2, 4, 5, 9) and torch.equal(where[0], where[1])
+    torch.testing.assert_close(where[0, :, 0, 0], torch.tensor([-1.0, -1, -1, -1]))   # upper left: x, y, cos pi x, cos pi y
+    torch.testing.assert_close(where[0, :, 0, 8], torch.tensor([1.0, -1, -1, -1]))    # upper right
+    torch.testing.assert_close(where[0, :, 2, 4], torch.tensor([0.0, 0, 1, 1]))       # centre
+    assert small(coordinates=True).conv_in.in_channels == small().conv_in.in_channels + 4
+    assert small(coordinates=True)(*inputs()).shape == inputs()[0].shape
 
 
 def test_attention_is_softmax_of_scaled_products():

@@ -44,3 +44,19 @@ def test_exit_status_of_a_command(error, status, said, capsys):
     assert stopped.value.code == status
     if said:
         assert capsys.readouterr().err == said
+
+
+def test_a_device_that_is_not_here_is_one_line():
+    assert weights.best_device("cpu") == torch.device("cpu")
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(BadInput, match=f"--device {name}: not a device of this machine"):
+            weights.best_device(name)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys):
+    def main():
+        raise PermissionError(13, "Permission denied", "/runs/mine")
+
+    with pytest.raises(SystemExit) as left:
+        weights.run_command(main)
+    assert left.value.code == 2 and capsys.readouterr().err == "error: /runs/mine: Permission denied\n"
