@@ -36,7 +36,7 @@ help:  ## this list
 	touch $@
 
 # The built-in data; any other DATA must be there already.
-data/phantom/prompt-gt.csv: .venv/installed
+data/phantom/prompt-gt.csv: | .venv/installed
 	$(PY) phantom.py --out data/phantom --n 8000 --size $(SIZE) --seed 0
 
 phantom: data/phantom/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
@@ -44,10 +44,12 @@ phantom: data/phantom/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
 train-vae: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom)  ## train the autoencoder on DATA
 	$(PY) vae.py --preset $(PRESET) --data $(DATA) --out $(OUT)/vae
 
-$(OUT)/vae/best.safetensors:
+# A checkpoint is there long before the training is over, so it cannot be make's target.
+$(OUT)/vae/finished:
 	$(MAKE) train-vae
+	touch $@
 
-train-msdm: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom) $(VAE)  ## train MSDM on DATA, its autoencoder first
+train-msdm: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom) $(if $(filter $(OUT)/vae/best.safetensors,$(VAE)),$(OUT)/vae/finished,$(VAE))  ## train MSDM on DATA, its autoencoder first
 	$(PY) msdm.py --preset $(PRESET) --data $(DATA) --vae $(VAE) --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 data/phantom-small/prompt-gt.csv: | .venv/installed

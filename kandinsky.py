@@ -1093,9 +1093,7 @@ def train(args):
     ranks = training.start_ranks(args.device)
     device = ranks.device
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
-    for flag in ("batch_size", "accumulate", "log_every", "save_every"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    training.check_flags(args, "batch_size", "accumulate")
     config = loras.config_of(args)
     part, load, make_material = TRAININGS[args.command]
     folder = fetch(args.model)
@@ -1120,7 +1118,7 @@ def train(args):
     network.to(device).train()
     network.gradient_checkpointing = args.gradient_checkpointing
     params = loras.tensors(network)
-    opt = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=True)
+    opt = training.Optimisers(params, args.lr)
     ema = training.EMA(params, args.ema_decay)
     alpha_bar = schedule.alpha_bar.float().to(device)
     T = len(alpha_bar)
@@ -1152,14 +1150,8 @@ def train(args):
             loras.save(network, run.folder / name)
             ema.swap()
 
-    state, start, best = run.resume(), 0, math.inf
-    if state is not None:
-        start, best = state["step"], state["best"]
-        for k, p in params.items():
-            p.data.copy_(state["weights"][k])
-            ema.average[k].copy_(state["ema"][k])
-        opt.load_state_dict(state["optimiser"])
-    elif not (run.folder / "metrics.jsonl").exists():
+    start, best = run.restore(params, ema, opt)
+    if not start and not (run.folder / "metrics.jsonl").exists():
         run.log(step=0, val_loss=validate())  # of the base
 
     def checkpoint(step):
@@ -1170,15 +1162,13 @@ def train(args):
             best = val
             save("best")
         save("last")
-        run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
-                        "weights": {k: p.detach() for k, p in params.items()}})
+        run.save_progress(step, best, params, ema, opt)
 
     loop = training.Loop(args.command, start, args.steps, args.minutes, quiet=not ranks.first)
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
-        drawn = training.batch_indices(len(pictures), b * ranks.world, step, args.seed)[ranks.rank * b:(ranks.rank + 1) * b]
         value = 0.0
-        for chunk in pictures[drawn].chunk(args.accumulate):
+        for chunk in pictures[ranks.batch(len(pictures), b, step, args.seed)].chunk(args.accumulate):
             t = torch.randint(T, (len(chunk),), generator=g)
             eps = torch.randn(len(chunk), *material.x_0.shape[1:], generator=g)
             loss = loss_of(chunk, material.draw(chunk, args.p_uncond, g), t, eps) * len(chunk) / b
@@ -1186,8 +1176,7 @@ def train(args):
             value = value + loss.detach()
         ranks.average_gradients(params.values())
         norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        opt.step(1.0)
         ema.update(step)
         if (step + 1) % args.log_every == 0:
             value = ranks.mean(value.item())
@@ -1354,18 +1343,15 @@ def main(argv=None):
     tiny.add_argument("--kind", choices=("2.2", "3"), default="2.2", help="which Kandinsky")
     tiny.add_argument("--seed", type=int, default=0, help="of the weights")
     for name, text, model, batch_size, p_uncond, size in (
-            ("train-prior", "Train an adapter of the image prior of 2.2.", "prior folder of 2.2", 32, 0.1, None),
-            ("train-decoder", "Train an adapter of the decoder of 2.2.", "decoder folder of 2.2", 8, 0.0, 512),
-            ("train-unet3", "Train an adapter of the U-Net of 3.0.", "folder of 3.0", 8, 0.1, 256)):
-        p = command(name, text)
+            ("train-prior", "Train an adapter of the image prior of 2.2", "prior folder of 2.2", 32, 0.1, None),
+            ("train-decoder", "Train an adapter of the decoder of 2.2", "decoder folder of 2.2", 8, 0.0, 512),
+            ("train-unet3", "Train an adapter of the U-Net of 3.0", "folder of 3.0", 8, 0.1, 256)):
+        p = command(name, f"{text}: OUT/best and OUT/last.")
         p.add_argument("--model", required=True, help=f"{model}, or its name on the hub")
         if name == "train-decoder":
             p.add_argument("--prior", required=True, help="prior folder of 2.2, for its image encoder")
         if name == "train-unet3":
             p.add_argument("--text-device", help="where the text encoder runs, when not on --device")
-        p.add_argument("--data", required=True, help="data folder")
-        p.add_argument("--captions", help="captions file, when it is not the folder's own")
-        p.add_argument("--out", required=True, help="run folder; an existing run goes on. The adapters are OUT/best and OUT/last")
         p.add_argument("--cache", help="folder for encoded pictures and texts; runs may share it; --out without it")
         if size:
             p.add_argument("--size", type=int, default=size, help="side of the pictures, pixels")

@@ -429,16 +429,37 @@ def cached_latents(file, key, records, make, ranks):
     return moments, kept
 
 
+def new_model(args, recipe, vae, prompts):
+    """An untrained U-Net and, where no public one is named, a text encoder whose tokenizer is learnt from the prompts."""
+    if recipe.text_encoder == "train":
+        text = TextTransformer(TextConfig(*learn_tokenizer(prompts)))
+        text_dim = text.config.dim
+    else:
+        text = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if vae.latent_scale.is_cuda else torch.float32)
+        text_dim = text.model.config.hidden_size
+    config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
+    return MSDM(UNet(config), vae, text, recipe.diffusion)
+
+
+def adapted_model(args, device):
+    """The model of --base with a fresh adapter on its U-Net."""
+    model = load(args.base, device)
+    if args.size not in (None, model.diffusion.image_size):
+        raise BadInput(f"--size {args.size}: {args.base} draws {model.diffusion.image_size} pixels")
+    training.seed_step(args.seed, "weights")
+    names = loras.inject(model.unet, loras.config_of(args))
+    print(f"{args.base}: an adapter on {len(names)} layers", file=sys.stderr)
+    return model
+
+
 def train(args, recipe):
-    """Train the U-Net, and a text encoder of its own where no public one is named, on the latents of a data folder."""
+    """Train, on the latents of a data folder, the U-Net and a text encoder of its own where no public one is named; or, with
+    --base, an adapter on a trained U-Net."""
     ranks = training.start_ranks(args.device)
     device = ranks.device
-    base = load(args.base, device) if args.base else None
+    base = adapted_model(args, device) if args.base else None
     if base:
-        recipe = replace(recipe, diffusion=base.diffusion)
-        training.seed_step(args.seed, "weights")
-        names = loras.inject(base.unet, loras.config_of(args))
-        print(f"{args.base}: an adapter on {len(names)} layers", file=sys.stderr)
+        recipe = replace(recipe, diffusion=base.diffusion, muon_lr=None)
     vae, size = base.vae if base else vaes.load(args.vae).to(device), recipe.diffusion.image_size
     multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
     if not base and size % multiple:
@@ -448,7 +469,7 @@ def train(args, recipe):
     fixed = {k: v for k, v in asdict(recipe).items() if k != "steps"}
     unsaid = ("out", "base", *(() if base else loras.FLAGS))
     settings = {k: v for k, v in vars(args).items() if k not in unsaid}
-    settings |= {"recipe": fixed, "vae_hash": file_hash(args.base or args.vae)}
+    settings |= {"recipe": fixed, "vae_hash": file_hash(args.base or args.vae), "size": size}
     run = training.Run(args.out, settings, data.fingerprint(records), ranks)
 
     def latents_of(part, records, jitter, views):
@@ -463,37 +484,22 @@ def train(args, recipe):
     val_latents, val_records = latents_of("val", val_records, 0.0, 1)
 
     training.seed_step(args.seed, "weights")
-    if base:
-        text = base.text
-    elif recipe.text_encoder == "train":
-        tokenizer, vocab = learn_tokenizer([p for r in train_records for p in r.prompts])
-        text = TextTransformer(TextConfig(tokenizer, vocab))
-    else:
-        text = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if device.type == "cuda" else torch.float32)
-    text_dim = text.config.dim if text.trained else text.model.config.hidden_size
-    config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
-    if base:
-        config = base.unet.config
-    model = base or MSDM(UNet(config).to(memory_format=torch.channels_last), vae, text, recipe.diffusion).to(device)
-    params = {f"unet.{k}": p for k, p in model.unet.named_parameters()}
-    params |= {f"text.{k}": p for k, p in text.named_parameters() if text.trained}
+    model = base or new_model(args, recipe, vae, [p for r in train_records for p in r.prompts]).to(device)
+    model.unet.to(memory_format=torch.channels_last)
+    text = model.text
     if base:
         params = loras.tensors(model.unet)
-    muon_lr = None if base else recipe.muon_lr
-    opt = training.Optimisers(params, recipe.lr, muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
+    else:
+        params = {f"unet.{k}": p for k, p in model.unet.named_parameters()}
+        params |= {f"text.{k}": p for k, p in text.named_parameters() if text.trained}
+    opt = training.Optimisers(params, recipe.lr, recipe.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, recipe.ema_decay)
     alpha_bar = recipe.diffusion.alpha_bar().float().to(device)
     source = PromptSource(train_records, val_records, text, recipe.join, recipe.p_uncond)
     val_z = vae.latent_scale.cpu() * val_latents[:, 0].float().chunk(2, dim=1)[0]
     shown = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
 
-    state, start, best = run.resume(), 0, float("inf")
-    if state is not None:
-        start, best = state["step"], state["best"]
-        for k, p in params.items():
-            p.data.copy_(state["weights"][k])
-            ema.average[k].copy_(state["ema"][k])
-        opt.load_state_dict(state["optimiser"])
+    start, best = run.restore(params, ema, opt)
 
     def save(name, metadata):
         if not base:
@@ -520,16 +526,14 @@ def train(args, recipe):
         model.unet.train()
         text.train(text.trained)
         ema.swap()
-        run.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
-                        "weights": {k: p.detach() for k, p in params.items()}})
+        run.save_progress(step, best, params, ema, opt)
 
     model.unet.train()
     vae.eval()
-    n, b = len(train_records), recipe.batch_size
     loop = training.Loop(f"msdm {args.preset}", start, recipe.steps, args.minutes, quiet=not ranks.first)
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
-        indices = training.batch_indices(n, b * ranks.world, step, args.seed)[ranks.rank * b:(ranks.rank + 1) * b]
+        indices = ranks.batch(len(train_records), recipe.batch_size, step, args.seed)
         for part in indices.chunk(args.accumulate):
             view = torch.randint(recipe.views, (len(part),), generator=g)
             mu, logvar = latents[part, view].float().chunk(2, dim=1)
@@ -537,7 +541,7 @@ def train(args, recipe):
             t = torch.randint(recipe.diffusion.T, (len(part),), generator=g).to(device)
             eps = torch.randn(x_0.shape, generator=g).to(device)
             self_cond = None
-            if config.self_conditioning:
+            if model.unet.config.self_conditioning:
                 self_cond = (torch.rand(len(part), generator=g) < recipe.p_self_cond).to(device)
             with training.autocast(device):
                 text_states, mask = source(source.draw(part, g))
@@ -568,13 +572,10 @@ def main(argv=None):
     parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
     preset = "tiny" if {"-h", "--help"} & set(argv) else parser.parse_known_args(argv)[0].preset
     recipe = RECIPES[preset]
-    parser.add_argument("--data", required=True, help="data folder")
-    parser.add_argument("--captions", help="captions file, when it is not the folder's own")
     parser.add_argument("--vae", help="checkpoint of vae.py")
     parser.add_argument("--base", help="checkpoint of msdm.py to go on from by an adapter; all but its U-Net stays as it is")
     loras.add_flags(parser, "--lora", None)
-    parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
-    parser.add_argument("--size", type=int, default=recipe.diffusion.image_size, help="side of the pictures, pixels")
+    parser.add_argument("--size", type=int, help=f"side of the pictures, pixels; None: base's or {recipe.diffusion.image_size}")
     parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how a picture becomes a square")
     parser.add_argument("--text-encoder", default=recipe.text_encoder, help="CLIP text model by name or folder, or train")
     parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="pictures a step and process")
@@ -591,7 +592,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.base is None) != (args.rank is None) or (args.base is None) == (args.vae is None):
         raise BadInput("give either --vae CHECKPOINT or --base CHECKPOINT --lora RANK")
-    recipe = replace(recipe, diffusion=replace(recipe.diffusion, image_size=args.size), text_encoder=args.text_encoder,
+    training.check_flags(args, "batch_size", "accumulate", "views", "join")
+    image_size = recipe.diffusion.image_size if args.size is None else args.size
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, image_size=image_size), text_encoder=args.text_encoder,
                      batch_size=args.batch_size, lr=args.lr, p_uncond=args.p_uncond, jitter=args.jitter, views=args.views,
                      join=args.join, ema_decay=args.ema_decay, steps=args.steps)
     train(args, recipe)

@@ -61,6 +61,10 @@ class Ranks:
         dist.all_reduce(x)
         return x.item() / self.world
 
+    def batch(self, n, batch_size, step, seed):
+        """This rank's (batch_size,) indices below n of a step: the ranks share one batch_indices."""
+        return batch_indices(n, batch_size * self.world, step, seed)[self.rank * batch_size:(self.rank + 1) * batch_size]
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
@@ -68,10 +72,11 @@ class Ranks:
 
 def start_ranks(device="auto"):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = best_device(device)
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)  # a rank that ends with the group still open may abort the others
@@ -146,8 +151,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             momentum, by_shape = group["momentum"], {}
             for p in group["params"]:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-                matrix = p.grad.lerp(average, momentum).flatten(1)
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                matrix = p.grad.lerp(state["momentum"], momentum).flatten(1)
                 by_shape.setdefault(matrix.shape, []).append((p, matrix))
             for shape, items in by_shape.items():
                 updates = orthogonalise(torch.stack([matrix for _, matrix in items]))
@@ -239,6 +247,22 @@ class Run:
             self._cut_log(0 if state is None else state["step"])
         return state
 
+    def restore(self, params, ema, opt):
+        """(step, best validation loss) of the saved state, whose weights, averages and optimiser are put back; else (0, inf)."""
+        state = self.resume()
+        if state is None:
+            return 0, math.inf
+        for k, p in params.items():
+            p.data.copy_(state["weights"][k])
+            ema.average[k].copy_(state["ema"][k])
+        opt.load_state_dict(state["optimiser"])
+        return state["step"], state["best"]
+
+    def save_progress(self, step, best, params, ema, opt):
+        """What restore puts back."""
+        self.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
+                         "weights": {k: p.detach() for k, p in params.items()}})
+
     def save_state(self, state: dict):
         if self.ranks.first:
             with replacing(self.state_file) as tmp:
@@ -326,9 +350,19 @@ def git_commit():
 
 def add_flags(parser, steps):
     """The flags that every training script has."""
+    parser.add_argument("--data", required=True, help="data folder")
+    parser.add_argument("--captions", help="captions file, when it is not the folder's own")
+    parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps in all")
     parser.add_argument("--minutes", type=float, help="stop cleanly after this many minutes; the same command goes on")
     parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+
+
+def check_flags(args, *names):
+    """Counts of the command line that must be 1 or more, by attribute; log_every and save_every always."""
+    for name in (*names, "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")

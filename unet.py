@@ -5,6 +5,7 @@ DDPM      arXiv:2006.11239  App. B    a U-Net of residual blocks that know the t
 LDM       arXiv:2112.10752  Sec. 3.3  cross-attention from the pixels to the words
 AdaGN     arXiv:2105.05233  Sec. 3    group normalisation whose scale and shift come from the embedding
 Self-conditioning  arXiv:2208.04202  Sec. 3.2  the last estimate of x_0 is a second input
+CoordConv arXiv:1807.03247  coordinates as input channels; here the queries of the cross-attention get them too
 
 Whether the result means eps or v is data of the training preset (msdm.py); the network does not care.
 """
@@ -27,7 +28,7 @@ class UNetConfig:
     n_heads: int = 8
     dropout: float = 0.1
     self_conditioning: bool = True
-    coordinates: bool = False  # the network is told where a pixel lies
+    coordinates: bool = False  # the input and the queries of the cross-attention are told where a pixel lies
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
@@ -80,8 +81,8 @@ def attention(q, k, v, n_heads, mask=None):
 
 def coordinates(x):
     """Where each pixel of x (b, c, h, w) lies: (b, 4, h, w), its x and y from -1 to 1, then the cosines of pi x and pi y."""
-    y, x_ = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
-    xy = torch.stack(torch.meshgrid(x_, y, indexing="xy"))
+    rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
+    xy = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
     return torch.cat([xy, (math.pi * xy).cos()]).expand(len(x), -1, -1, -1)
 
 

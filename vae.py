@@ -509,11 +509,9 @@ def train(args, recipe):
 
     vae.train()
     loop = training.Loop(f"vae {args.preset}", start, args.steps, args.minutes, quiet=not ranks.first)
-    b = args.batch_size
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
-        indices = training.batch_indices(len(images), b * ranks.world, step, args.seed)[ranks.rank * b:(ranks.rank + 1) * b]
-        img = images[indices].float() / 127.5 - 1
+        img = images[ranks.batch(len(images), args.batch_size, step, args.seed)].float() / 127.5 - 1
         if args.jitter:
             img = data.augment(img, g, args.jitter)
         img = img.to(device, memory_format=torch.channels_last)
@@ -539,9 +537,6 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
     recipe = RECIPES[parser.parse_known_args(argv)[0].preset]
-    parser.add_argument("--data", required=True, help="data folder")
-    parser.add_argument("--captions", help="captions file, when it is not the folder's own")
-    parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
     parser.add_argument("--size", type=int, default=recipe.size, help="side of the pictures, pixels")
     parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how a picture becomes a square")
     parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="pictures a step and process")
@@ -550,6 +545,7 @@ def main(argv=None):
     parser.add_argument("--perceptual", default="auto", help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
     training.add_flags(parser, recipe.steps)
     args = parser.parse_args(argv)
+    training.check_flags(args, "batch_size", "size")
     train(args, recipe)
 
 

@@ -74,8 +74,8 @@ def test_killed_msdm_runs_end_with_the_same_files(tmp_path):
 
 
 def test_the_same_folder_with_another_setting_is_refused(made):
-    flags = [made / "msdm" if f == "OUT" else f for f in (*msdm_flags(made), "--out", "OUT", "--lr", 0.5)]
-    assert "this run was started with" in run("msdm.py", *flags, expect=2).stderr
+    done = run("msdm.py", *msdm_flags(made), "--out", made / "msdm", "--lr", 0.5, expect=2)
+    assert "this run was started with lr=0.001, now lr=0.5" in done.stderr
 
 
 def test_ctrl_c_saves_and_leaves_with_130(made, tmp_path):
@@ -129,6 +129,8 @@ def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
     ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--text-encoder", "absent/model"],
      "--text-encoder train"),
     ("vae.py", ["--data", "{root}/data", "--perceptual", "{root}/absent.pth"], "--perceptual"),
+    ("vae.py", ["--data", "{root}/data", "--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--join", "0"], "--join 0: expected 1 or more"),
 ])
 def test_bad_input_is_one_line_and_status_2(made, tmp_path, script, flags, said):
     done = run(script, *[f.format(root=made) for f in flags], "--out", tmp_path / "out", expect=2)

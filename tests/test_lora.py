@@ -299,6 +299,7 @@ def test_the_strength_of_an_adapter_on_msdm(msdm_run, tmp_path):
     (["--targets", "to_x"], "match no layer of UNet"),
     (["--vae", "{root}/base.safetensors"], "give either --vae CHECKPOINT or --base CHECKPOINT --lora RANK"),
     (["--base", "{root}/absent.safetensors"], "no such file"),
+    (["--size", "64"], "--size 64: .* draws 32 pixels"),
 ])
 def test_bad_input_to_an_adaptation_of_msdm(msdm_run, tmp_path, change, said):
     with pytest.raises(BadInput, match=said):

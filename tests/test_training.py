@@ -133,3 +133,10 @@ def test_muons_step_has_a_fifth_of_the_learning_rate_whatever_the_gradients_size
             training.Muon([p], lr=0.1).step()
             assert p.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.25)
             assert (p * p.grad).sum() < 0
+
+
+def test_the_ranks_share_a_batch():
+    ranks = [training.Ranks(rank, 3, torch.device("cpu")) for rank in range(3)]
+    shares = [ranks[i].batch(50, 4, step=7, seed=1) for i in range(3)]
+    assert [len(s) for s in shares] == [4] * 3
+    assert torch.equal(torch.cat(shares), training.batch_indices(50, 12, step=7, seed=1))
