@@ -107,13 +107,19 @@ class TextTransformer(nn.Module):
 
 
 def learn_tokenizer(prompts, vocab=1024):
-    """Byte-level BPE learnt from the training prompts, as (JSON text, vocabulary size). <pad> is 0; <bos> and <eos> go round."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Byte-level BPE learnt from the training prompts, as (JSON text, vocabulary size). <pad> is 0; <bos> and <eos> go round.
+
+    Words are cut at spaces and marks but not at hyphens: "upper-left" is one token, a place of its own, and not "upper", "-",
+    "left", which the text layers would have to put together again.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.Lowercase()
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tok.decoder = decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\s+"), "removed"),
+        pre_tokenizers.Split(Regex(r"[\w-]+|[^\w-]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<bos>", "<eos>"]
     tok.train_from_iterator(sorted(set(prompts)), trainers.BpeTrainer(
@@ -334,7 +340,7 @@ class Recipe:
 RECIPES = {
     "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64,
                     lr=1e-4, muon_lr=None, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
-    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=2600,
+    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=2250,
                    batch_size=16, lr=1e-3, muon_lr=3e-3, warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=8),
 }
 

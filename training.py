@@ -3,7 +3,7 @@
 All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is its
 weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU, as one
 that was never killed.
-EMA   arXiv:2006.11239  Sec. 4 (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
+EMA   arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 Muon  arXiv:2502.16982  Sec. 2.1 Newton-Schulz orthogonalisation (Jordan et al. 2024), Sec. 2.2 the scale of the update
 """
 
@@ -129,10 +129,11 @@ def orthogonalise(x):
         return orthogonalise(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     gram, product, eye = x @ x.mT, None, torch.eye(x.shape[1], device=x.device)
-    for _ in range(5):
+    for step in range(5):
         q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         product = q if product is None else q @ product
-        gram = q @ (q @ gram)
+        if step < 4:
+            gram = q @ (q @ gram)
     return product @ x
 
 

@@ -242,6 +242,9 @@ class UNet(nn.Module):
         text = self.text_mlp(text)  # (b, n, time_dim)
         pooled = self.text_pool(text.mean(dim=1, keepdim=True), text, text_mask)[:, 0]  # the mean counts pad positions
         emb = self.time_mlp(sinusoidal(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
+        if text_mask is not None and text_mask.device.type == "cpu":  # on a GPU the length would have to be waited for
+            used = text_mask.any(dim=0)  # pads of the whole batch are nothing to the cross-attention from here on
+            text, text_mask = text[:, used], text_mask[:, used]
 
         x = self.conv_in(x_t)
         skips = [x]

@@ -123,6 +123,14 @@ def test_the_tokenizer_knows_its_words_and_survives_others():
     assert mask[0].sum() < 12
 
 
+def test_a_place_is_one_token():
+    from tokenizers import Tokenizer
+
+    prompts = ["Generate an image with an an abnormality located in the upper-left, center and lower-left."] * 2
+    tokens = Tokenizer.from_str(learn_tokenizer(prompts, vocab=400)[0]).encode(prompts[0]).tokens
+    assert [t.strip("\u0120") for t in tokens[-7:]] == ["upper-left", ",", "center", "and", "lower-left", ".", "<eos>"]
+
+
 def test_text_states_do_not_depend_on_the_batch():
     m = model()
     torch.testing.assert_close(m.text(PROMPTS)[0][0], m.text(PROMPTS[:1])[0][0])
