@@ -176,8 +176,10 @@ def seeded_noise(seeds, shape, device="cpu"):
 def read_prompts(args):
     """The prompts of the request, each repeated -n times."""
     import csv
+    import io
     from pathlib import Path
 
+    import data
     from weights import BadInput
 
     prompts = list(args.prompt or [])
@@ -185,14 +187,17 @@ def read_prompts(args):
         path = Path(args.prompts)
         if not path.is_file():
             raise BadInput(f"{path}: no such file, expected prompts, one a line, or a csv with a Prompt column")
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.read_text(path)
         if path.suffix == ".csv":
             header = text.partition("\n")[0]
-            rows = list(csv.DictReader(text.splitlines(), delimiter=";" if ";" in header else ","))
-            column = next((c for c in (rows[0] if rows else []) if c.lower() in ("prompt", "text", "caption")), None)
+            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if ";" in header else ",")
+            column = next((c for c in rows.fieldnames or [] if c.strip().lower() in data.PROMPT_COLUMNS), None)
             if column is None:
-                raise BadInput(f"{path}: expected a csv with a Prompt column and a row or more, got {header.strip()!r}")
-            prompts += [row[column] for row in rows]
+                raise BadInput(f"{path}, row 1: expected a Prompt column, got {header.strip()!r}")
+            for row in rows:
+                if not row[column]:
+                    raise BadInput(f"{path}, row {rows.line_num}: the prompt is empty")
+                prompts.append(row[column].strip())
         else:
             prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
@@ -203,19 +208,18 @@ def read_prompts(args):
 def write_samples(model, prompts, args, settings, size):
     """Pictures into args.out as a data folder; those that are there already stay (DESIGN.md 5). size: keywords of the model."""
     import csv
-    import json
     from pathlib import Path
 
     import numpy as np
     from tqdm import tqdm
 
     import data
-    from weights import BadInput, replacing, write_json
+    from weights import BadInput, read_json, replacing, write_json
 
     out = Path(args.out)
     config_file = out / "config.json"
     if config_file.exists():
-        old = json.loads(config_file.read_text())
+        old = read_json(config_file)
         differ = [k for k in settings if old.get(k) != settings[k]]
         if differ:
             k = differ[0]

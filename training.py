@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from weights import BadInput, best_device, replacing, save_safetensors, write_json
+from weights import BadInput, best_device, read_json, replacing, save_safetensors, write_json
 
 # Ranks
 
@@ -227,7 +227,7 @@ class Run:
         self.config = {"settings": settings, "data": fingerprint, "versions": versions(), "commit": git_commit()}
         config_file = self.folder / "config.json"
         if config_file.exists():
-            old = json.loads(config_file.read_text())
+            old = read_json(config_file)
             for key in sorted(settings.keys() | old["settings"].keys()):
                 was, now = old["settings"].get(key), settings.get(key)
                 if was != now and key not in self.FREE:

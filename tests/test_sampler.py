@@ -1,3 +1,4 @@
+import argparse
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import sampler
 from sampler import SOLVERS, denoiser, guided, q_sample, schedule, seeded_noise, timesteps, to_x_0
+from weights import BadInput
 
 ALPHA_BAR = schedule("scaled_linear", 1000, 0.002, 0.02)
 
@@ -68,6 +70,32 @@ def test_unknown_names_are_refused():
         timesteps(10, 2, "middle")
     with pytest.raises(ValueError, match="offset"):
         timesteps(10, 10, "leading", offset=1)
+
+
+# the command's prompts
+
+
+def read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    return sampler.read_prompts(argparse.Namespace(prompt=["first"], prompts=str(tmp_path / name), n=1))
+
+
+def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
+    assert read(tmp_path, "p.txt", b"\xef\xbb\xbfone\r\n\r\n two \n") == ["first", "one", "two"]
+    assert read(tmp_path, "p.csv", b'\xef\xbb\xbfFilename,Prompt\r\na,"one, or two"\r\n\r\nb,three\r\n') == \
+        ["first", "one, or two", "three"]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "row 1: expected a Prompt column, got ''"),
+    (b"Name;Filename\nx;y\n", "row 1: expected a Prompt column, got 'Name;Filename'"),
+    (b"Filename,Prompt\na,x\nb\n", "row 3: the prompt is empty"),
+    (b"Filename,Prompt\na,\n", "row 2: the prompt is empty"),
+    (b"Prompt\n\xff\n", "not UTF-8"),
+])
+def test_a_prompts_file_that_cannot_be_used_is_named_with_its_row(tmp_path, content, said):
+    with pytest.raises(BadInput, match=said):
+        read(tmp_path, "p.csv", content)
 
 
 # solvers
