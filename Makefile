@@ -2,11 +2,13 @@
 
 PRESET ?= tiny
 SIZE   ?= $(if $(filter paper,$(PRESET)),256,64)
-DATA   ?= data/phantom
+PHANTOM := data/phantom$(if $(filter-out 64,$(SIZE)),-$(SIZE))
+DATA   ?= $(PHANTOM)
 OUT    ?= runs/msdm
 VAE    ?= $(OUT)/vae/best.safetensors
 CKPT   ?= $(OUT)/best.safetensors
 STEPS  ?=
+SAMPLES ?= out/sample
 PROMPT ?= Generate an image with 2 polyps.
 
 # Kandinsky: published folders, or their names on the hub. Without them tiny random ones, which only prove that the commands work.
@@ -36,21 +38,21 @@ help:  ## this list
 	touch $@
 
 # The built-in data; any other DATA must be there already.
-data/phantom/prompt-gt.csv: | .venv/installed
-	$(PY) phantom.py --out data/phantom --n 8000 --size $(SIZE) --seed 0
+$(PHANTOM)/prompt-gt.csv: | .venv/installed
+	$(PY) phantom.py --out $(PHANTOM) --n 8000 --size $(SIZE) --seed 0
 
-phantom: data/phantom/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
+phantom: $(PHANTOM)/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
 
-train-vae: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom)  ## train the autoencoder on DATA
-	$(PY) vae.py --preset $(PRESET) --data $(DATA) --out $(OUT)/vae
+train-vae: .venv/installed $(if $(filter $(PHANTOM),$(DATA)),phantom)  ## train the autoencoder on DATA
+	$(PY) vae.py --preset $(PRESET) --size $(SIZE) --data $(DATA) --out $(OUT)/vae
 
 # A checkpoint is there long before the training is over, so it cannot be make's target.
 $(OUT)/vae/finished:
 	$(MAKE) train-vae
 	touch $@
 
-train-msdm: .venv/installed $(if $(filter data/phantom,$(DATA)),phantom) $(if $(filter $(OUT)/vae/best.safetensors,$(VAE)),$(OUT)/vae/finished,$(VAE))  ## train MSDM on DATA, its autoencoder first
-	$(PY) msdm.py --preset $(PRESET) --data $(DATA) --vae $(VAE) --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+train-msdm: .venv/installed $(if $(filter $(PHANTOM),$(DATA)),phantom) $(if $(filter $(OUT)/vae/best.safetensors,$(VAE)),$(OUT)/vae/finished,$(VAE))  ## train MSDM on DATA, its autoencoder first
+	$(PY) msdm.py --preset $(PRESET) --size $(SIZE) --data $(DATA) --vae $(VAE) --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 data/phantom-small/prompt-gt.csv: | .venv/installed
 	$(PY) phantom.py --out data/phantom-small --n 400 --size 64 --seed 0
@@ -75,8 +77,8 @@ train-kandinsky3: .venv/installed $(SMALL) $(filter runs/tiny-%,$(KANDINSKY3))  
 	$(PY) sampler.py --ckpt $(KANDINSKY3) --lora $(OUT3)/best --size $(SIZE3) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp \
 	  --grid --out $(OUT3)/sample
 
-sample: .venv/installed  ## draw PROMPT with CKPT, 16 pictures
-	$(PY) sampler.py --ckpt $(CKPT) --prompt "$(PROMPT)" -n 16 --grid --out out/sample
+sample: .venv/installed  ## draw PROMPT with CKPT, 16 pictures, into SAMPLES
+	$(PY) sampler.py --ckpt $(CKPT) --prompt "$(PROMPT)" -n 16 --grid --out $(SAMPLES)
 
 test: .venv/installed  ## ruff and pytest
 	.venv/bin/ruff check .
@@ -89,7 +91,7 @@ metrics: .venv/installed  ## FID, precision, recall and more of FAKE= against RE
 	$(PY) metrics.py --real $(REAL) --fake $(FAKE) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 clean:  ## remove what the commands made, but not the installation
-	rm -rf data/phantom data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf data/phantom data/phantom-256 data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom train-vae train-msdm train-kandinsky22 train-kandinsky3 sample metrics test bench clean
 .DEFAULT_GOAL := help

@@ -1164,7 +1164,7 @@ def train(args):
         save("last")
         run.save_progress(step, best, params, ema, opt)
 
-    loop = training.Loop(args.command, start, args.steps, args.minutes, quiet=not ranks.first)
+    loop = training.Loop(args.command, start, args.steps, ranks, args.minutes)
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
         value = 0.0

@@ -435,14 +435,11 @@ def cached_latents(file, key, records, make, ranks):
     return moments, kept
 
 
-def new_model(args, recipe, vae, prompts):
-    """An untrained U-Net and, where no public one is named, a text encoder whose tokenizer is learnt from the prompts."""
-    if recipe.text_encoder == "train":
+def new_model(args, recipe, vae, text, prompts):
+    """An untrained U-Net and, where no frozen one is given, a text encoder whose tokenizer is learnt from the prompts."""
+    if text is None:
         text = TextTransformer(TextConfig(*learn_tokenizer(prompts)))
-        text_dim = text.config.dim
-    else:
-        text = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if vae.latent_scale.is_cuda else torch.float32)
-        text_dim = text.model.config.hidden_size
+    text_dim = text.config.dim if text.trained else text.model.config.hidden_size
     config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
     return MSDM(UNet(config), vae, text, recipe.diffusion)
 
@@ -468,15 +465,17 @@ def train(args, recipe):
         recipe = replace(recipe, diffusion=base.diffusion, muon_lr=None)
     vae, size = base.vae if base else vaes.load(args.vae).to(device), recipe.diffusion.image_size
     multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
-    if not base and size % multiple:
+    if not base and (size < 1 or size % multiple):
         raise BadInput(f"--size {size} is not divisible by {multiple}: {args.vae} and the U-Net halve the picture so often")
-    records = data.read_folder(args.data, args.captions)
-    train_records, val_records = data.split(records, seed=args.seed)
+    frozen = None
+    if not base and recipe.text_encoder != "train":
+        frozen = FrozenCLIP(recipe.text_encoder, dtype=torch.float16 if device.type == "cuda" else torch.float32)
+    train_records, val_records, fingerprint = training.read_data(args)
     fixed = {k: v for k, v in asdict(recipe).items() if k != "steps"}
     unsaid = ("out", "base", *(() if base else loras.FLAGS))
     settings = {k: v for k, v in vars(args).items() if k not in unsaid}
     settings |= {"recipe": fixed, "vae_hash": file_hash(args.base or args.vae), "size": size}
-    run = training.Run(args.out, settings, data.fingerprint(records), ranks)
+    run = training.Run(args.out, settings, fingerprint, ranks)
 
     def latents_of(part, records, jitter, views):
         def make(records):
@@ -490,7 +489,7 @@ def train(args, recipe):
     val_latents, val_records = latents_of("val", val_records, 0.0, 1)
 
     training.seed_step(args.seed, "weights")
-    model = base or new_model(args, recipe, vae, [p for r in train_records for p in r.prompts]).to(device)
+    model = base or new_model(args, recipe, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
     model.unet.to(memory_format=torch.channels_last)
     text = model.text
     if base:
@@ -536,7 +535,7 @@ def train(args, recipe):
 
     model.unet.train()
     vae.eval()
-    loop = training.Loop(f"msdm {args.preset}", start, recipe.steps, args.minutes, quiet=not ranks.first)
+    loop = training.Loop(f"msdm {args.preset}", start, recipe.steps, ranks, args.minutes)
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
         indices = ranks.batch(len(train_records), recipe.batch_size, step, args.seed)
@@ -576,8 +575,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train MSDM's U-Net in the latents of a trained VAE.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
-    preset = "tiny" if {"-h", "--help"} & set(argv) else parser.parse_known_args(argv)[0].preset
-    recipe = RECIPES[preset]
+    recipe = RECIPES[training.chosen_preset(argv, RECIPES)]
     parser.add_argument("--vae", help="checkpoint of vae.py")
     parser.add_argument("--base", help="checkpoint of msdm.py to go on from by an adapter; all but its U-Net stays as it is")
     loras.add_flags(parser, "--lora", None)
@@ -586,7 +584,7 @@ def main(argv=None):
     parser.add_argument("--text-encoder", default=recipe.text_encoder, help="CLIP text model by name or folder, or train")
     parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="pictures a step and process")
     parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network")
-    parser.add_argument("--lr", type=float, default=recipe.lr, help="learning rate after the warm-up")
+    parser.add_argument("--lr", type=float, default=recipe.lr, help="learning rate after the warm-up; Muon's goes with it")
     parser.add_argument("--p-uncond", type=float, default=recipe.p_uncond, help="share of prompts made empty")
     parser.add_argument("--jitter", type=float, default=recipe.jitter, help="brightness and contrast change, 0 to 1")
     parser.add_argument("--views", type=int, default=recipe.views, help="changed copies of a picture among the cached latents")
@@ -598,11 +596,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.base is None) != (args.rank is None) or (args.base is None) == (args.vae is None):
         raise BadInput("give either --vae CHECKPOINT or --base CHECKPOINT --lora RANK")
-    training.check_flags(args, "batch_size", "accumulate", "views", "join")
+    training.check_flags(args, "batch_size", "accumulate", "views", "join", "sample_steps")
+    if args.sample_steps > recipe.diffusion.T:
+        raise BadInput(f"--sample-steps {args.sample_steps}: the schedule has {recipe.diffusion.T} times")
     image_size = recipe.diffusion.image_size if args.size is None else args.size
     recipe = replace(recipe, diffusion=replace(recipe.diffusion, image_size=image_size), text_encoder=args.text_encoder,
-                     batch_size=args.batch_size, lr=args.lr, p_uncond=args.p_uncond, jitter=args.jitter, views=args.views,
-                     join=args.join, ema_decay=args.ema_decay, steps=args.steps)
+                     batch_size=args.batch_size, lr=args.lr, muon_lr=recipe.muon_lr and recipe.muon_lr * (args.lr / recipe.lr),
+                     p_uncond=args.p_uncond, jitter=args.jitter, views=args.views, join=args.join, ema_decay=args.ema_decay,
+                     steps=args.steps)
     train(args, recipe)
 
 

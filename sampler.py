@@ -187,15 +187,20 @@ def read_prompts(args):
         path = Path(args.prompts)
         if not path.is_file():
             raise BadInput(f"{path}: no such file, expected prompts, one a line, or a csv with a Prompt column")
+        if path.suffix.lower() not in (".txt", ".csv"):
+            raise BadInput(f"{path}: expected a .txt of prompts, one a line, or a .csv with a Prompt column")
         text = data.read_text(path)
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             header = text.partition("\n")[0]
             rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=";" if ";" in header else ",")
             column = next((c for c in rows.fieldnames or [] if c.strip().lower() in data.PROMPT_COLUMNS), None)
             if column is None:
                 raise BadInput(f"{path}, row 1: expected a Prompt column, got {header.strip()!r}")
             for row in rows:
-                if not row[column]:
+                if None in row or None in row.values():
+                    raise BadInput(f"{path}, row {rows.line_num}: expected {len(rows.fieldnames)} fields; "
+                                   f"a prompt that holds a {rows.reader.dialect.delimiter!r} must be quoted")
+                if not row[column].strip():
                     raise BadInput(f"{path}, row {rows.line_num}: the prompt is empty")
                 prompts.append(row[column].strip())
         else:

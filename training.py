@@ -2,11 +2,12 @@
 
 All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is its
 weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU, as one
-that was never killed.
+that was never killed. A run that is asked to stop, by Ctrl-C or --minutes, also validates where it stops.
 EMA   arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 Muon  arXiv:2502.16982  Sec. 2.1 Newton-Schulz orthogonalisation (Jordan et al. 2024), Sec. 2.2 the scale of the update
 """
 
+import argparse
 import atexit
 import hashlib
 import json
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import data
 from weights import BadInput, best_device, read_json, replacing, save_safetensors, write_json
 
 # Ranks
@@ -46,12 +48,13 @@ class Ranks:
         """The mean over the ranks, in one collective."""
         if self.world == 1:
             return
+        params = list(params)
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= self.world
-        for p, part in zip(params, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = part.view_as(p)
+        for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.copy_(part.view_as(p))  # into g, which lies in memory as p does: fused optimisers count on it
 
     def mean(self, value: float):
         """The mean of a number over the ranks: every rank calls it, every rank gets it."""
@@ -84,8 +87,12 @@ def start_ranks(device="auto"):
 
 
 def autocast(device):
-    """bf16 where the GPU has it, float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """bf16 where the GPU has it, float32 elsewhere.
+
+    Nothing is cached: a weight cast in the pass without gradient that self-conditioning makes would be used in the next one.
+    """
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 # Seeds and order
@@ -228,6 +235,8 @@ class Run:
         config_file = self.folder / "config.json"
         if config_file.exists():
             old = read_json(config_file)
+            if not isinstance(old, dict) or not {"settings", "data"} <= old.keys():
+                raise BadInput(f"{self.folder}: holds something else than a training run; give another --out")
             for key in sorted(settings.keys() | old["settings"].keys()):
                 was, now = old["settings"].get(key), settings.get(key)
                 if was != now and key not in self.FREE:
@@ -236,6 +245,8 @@ class Run:
                 raise BadInput(f"{self.folder}: this run was started on other data ({old['data']}, now {fingerprint})")
         if ranks.first:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            for half in self.folder.glob(".*.*.*"):  # files that a kill cut short (weights.replacing)
+                half.unlink()
             write_json(config_file, self.config)
         ranks.wait()
 
@@ -297,14 +308,14 @@ class Run:
 
 class Loop:
     """`for step in Loop(...)`: a progress bar over the steps left; ends early, between two steps, when the budget of minutes is
-    spent or Ctrl-C or a termination was asked for. `step` counts from the resumed one."""
+    spent or Ctrl-C or a termination was asked for, of all ranks at once. `step` counts from the resumed one."""
 
-    def __init__(self, name, start, steps, minutes=None, quiet=False):
-        self.bar = tqdm(total=steps, initial=min(start, steps), desc=name, unit="step", dynamic_ncols=True, disable=quiet,
-                        mininterval=1.0 if sys.stderr.isatty() else 30.0)
-        self.start, self.steps = start, steps
+    def __init__(self, name, start, steps, ranks, minutes=None):
+        self.bar = tqdm(total=steps, initial=min(start, steps), desc=name, unit="step", dynamic_ncols=True,
+                        disable=not ranks.first, mininterval=1.0 if sys.stderr.isatty() else 30.0)
+        self.start, self.steps, self.ranks = start, steps, ranks
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.stopped_by = None
+        self.stopped_by, self.asked, self.ends = None, None, False
 
     def __iter__(self):
         old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -323,8 +334,11 @@ class Loop:
         self.stopped_by = signum
 
     def last(self, step):
-        """True in the last step that this process will make: time to save."""
-        return self.stopped_by is not None or time.monotonic() > self.deadline or step + 1 >= self.steps
+        """True in the last step that is made here: time to save. Decided once a step, by all ranks, for all who ask."""
+        if step != self.asked:
+            stop = self.stopped_by is not None or time.monotonic() > self.deadline
+            self.asked, self.ends = step, self.ranks.mean(float(stop)) > 0 or step + 1 >= self.steps
+        return self.ends
 
     def show(self, **values):
         self.bar.set_postfix(values, refresh=False)
@@ -349,6 +363,13 @@ def git_commit():
         return None
 
 
+def chosen_preset(argv, presets):
+    """The --preset of a command line, by which the defaults of its other flags go."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", choices=sorted(presets), default="tiny")
+    return parser.parse_known_args(argv)[0].preset
+
+
 def add_flags(parser, steps):
     """The flags that every training script has."""
     parser.add_argument("--data", required=True, help="data folder")
@@ -360,6 +381,15 @@ def add_flags(parser, steps):
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+
+
+def read_data(args):
+    """(records to train on, records to validate on, fingerprint) of --data."""
+    records = data.read_folder(args.data, args.captions)
+    train, val = data.split(records, seed=args.seed)
+    if not val:
+        raise BadInput(f"{args.data}: one picture, expected at least 2: one to learn from, one to check")
+    return train, val, data.fingerprint(records)
 
 
 def check_flags(args, *names):

@@ -24,7 +24,7 @@ from torch import nn
 import data
 import training
 from unet import RELEASED_RES_NAMES, CrossAttention, ResBlock, zero_init
-from weights import BadInput, load_published, load_safetensors, load_state, read_state, run_command, supported
+from weights import BadInput, file_hash, load_published, load_safetensors, load_state, read_state, run_command, supported
 
 
 @dataclass
@@ -168,17 +168,17 @@ class Perceptual(nn.Module):
 
 
 def find_perceptual(where):
-    """The perceptual loss named by --perceptual: "off", "auto" (torchvision's cache, None when it is not there) or a file."""
+    """(the perceptual loss or None, hash of its weights) named by --perceptual: "off", "auto" (torchvision's cache) or a file."""
     if where == "off":
-        return None
+        return None, "off"
     path = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth" if where == "auto" else Path(where)
     if not path.is_file():
         if where == "auto":
             print(f"no VGG-16 weights at {path}: training without the perceptual term (--perceptual FILE gives them)")
-            return None
+            return None, "off"
         raise BadInput(f"--perceptual {where}: no such file, expected torchvision's VGG-16 weights, auto or off")
     try:
-        return Perceptual(read_state(path))
+        return Perceptual(read_state(path)), file_hash(path)
     except RuntimeError as error:
         raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
 
@@ -191,7 +191,8 @@ def loss_fn(vae, img, perceptual, kl_weight, l1_weight, generator):
     loss, parts = kl_weight * kl, {"kl": kl}
     for name, x, target in (("", out, img), ("half_", half, F.avg_pool2d(img, 2))):
         parts[name + "mse"] = F.mse_loss(x, target)
-        parts[name + "dssim"] = 1 - ssim(x, target).mean()
+        with torch.autocast(x.device.type, enabled=False):  # the variance of smooth places is below what bf16 can tell
+            parts[name + "dssim"] = 1 - ssim(x.float(), target.float()).mean()
         loss = loss + parts[name + "mse"] + l1_weight * F.l1_loss(x, target) + parts[name + "dssim"]
         if perceptual is not None:
             parts[name + "perceptual"] = perceptual(x, target).mean()
@@ -465,18 +466,21 @@ def measure_scale(vae, images, device):
 def train(args, recipe):
     ranks = training.start_ranks(args.device)
     device = ranks.device
-    records = data.read_folder(args.data, args.captions)
-    train_records, val_records = data.split(records, seed=args.seed)
-    run = training.Run(args.out, {k: v for k, v in vars(args).items() if k != "out"}, data.fingerprint(records), ranks)
-    images, _ = data.load_images(train_records, args.size, args.crop)
-    val_images, _ = data.load_images(val_records, args.size, args.crop)
-    perceptual = find_perceptual(args.perceptual)
-    perceptual = perceptual and perceptual.to(device)
-
     training.seed_step(args.seed, "weights")
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
+    if args.size % vae.factor or args.size < 32:
+        raise BadInput(f"--size {args.size}: expected a multiple of {vae.factor}, 32 or more")
+    perceptual, perceptual_hash = find_perceptual(args.perceptual)
+    perceptual = perceptual and perceptual.to(device)
+    train_records, val_records, fingerprint = training.read_data(args)
+    images, _ = data.load_images(train_records, args.size, args.crop)
+    val_images, _ = data.load_images(val_records, args.size, args.crop)
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"perceptual": perceptual_hash}
+    run = training.Run(args.out, settings, fingerprint, ranks)
+
     params = dict(vae.named_parameters())
-    opt = training.Optimisers(params, args.lr, recipe.muon_lr, ends=("down.0.", "to_img", "to_half"))
+    muon_lr = recipe.muon_lr and recipe.muon_lr * (args.lr / recipe.lr)
+    opt = training.Optimisers(params, args.lr, muon_lr, ends=("down.0.", "to_img", "to_half"))
     state, start, best = run.resume(), 0, float("inf")
     if state is not None:
         start, best = state["step"], state["best"]
@@ -508,7 +512,7 @@ def train(args, recipe):
         run.save_state({"step": step, "best": best, "weights": vae.state_dict(), "optimiser": opt.state_dict()})
 
     vae.train()
-    loop = training.Loop(f"vae {args.preset}", start, args.steps, args.minutes, quiet=not ranks.first)
+    loop = training.Loop(f"vae {args.preset}", start, args.steps, ranks, args.minutes)
     for step in loop:
         g = training.seed_step(args.seed, step, ranks.rank)
         img = images[ranks.batch(len(images), args.batch_size, step, args.seed)].float() / 127.5 - 1
@@ -536,16 +540,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the KL autoencoder on the pictures of a data folder.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=sorted(RECIPES), default="tiny", help="network and training settings")
-    recipe = RECIPES[parser.parse_known_args(argv)[0].preset]
+    recipe = RECIPES[training.chosen_preset(argv, RECIPES)]
     parser.add_argument("--size", type=int, default=recipe.size, help="side of the pictures, pixels")
     parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how a picture becomes a square")
     parser.add_argument("--batch-size", type=int, default=recipe.batch_size, help="pictures a step and process")
-    parser.add_argument("--lr", type=float, default=recipe.lr, help="learning rate after 100 steps of warm-up")
+    parser.add_argument("--lr", type=float, default=recipe.lr, help="learning rate after 100 steps of warm-up; Muon's goes with it")
     parser.add_argument("--jitter", type=float, default=recipe.jitter, help="brightness and contrast change, 0 to 1")
     parser.add_argument("--perceptual", default="auto", help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
     training.add_flags(parser, recipe.steps)
     args = parser.parse_args(argv)
-    training.check_flags(args, "batch_size", "size")
+    training.check_flags(args, "batch_size")
     train(args, recipe)
 
 

@@ -89,7 +89,8 @@ def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
 @pytest.mark.parametrize("content, said", [
     (b"", "row 1: expected a Prompt column, got ''"),
     (b"Name;Filename\nx;y\n", "row 1: expected a Prompt column, got 'Name;Filename'"),
-    (b"Filename,Prompt\na,x\nb\n", "row 3: the prompt is empty"),
+    (b"Filename,Prompt\na,x\nb\n", "row 3: expected 2 fields"),
+    (b"Prompt\nin the upper-left, center\n", "row 2: expected 1 fields; a prompt that holds a ',' must be quoted"),
     (b"Filename,Prompt\na,\n", "row 2: the prompt is empty"),
     (b"Prompt\n\xff\n", "not UTF-8"),
 ])

@@ -77,7 +77,7 @@ def test_other_settings_or_data_on_the_same_folder_are_refused(tmp_path):
 
 
 def test_a_signal_ends_the_loop_after_its_step_and_sets_the_exit_status():
-    loop, done = training.Loop("test", 0, 100, quiet=True), []
+    loop, done = training.Loop("test", 0, 100, ranks()), []
     for step in loop:
         done.append(step)
         if step == 3:
@@ -95,8 +95,14 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
         "r = training.start_ranks('cpu')\n"
         "p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]\n"
         "p[0].grad = torch.full((3,), float(r.rank))\n"
-        "r.average_gradients(p)\n"
+        "conv = torch.nn.Parameter(torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last))\n"
+        "conv.grad = torch.arange(72.0).view(2, 4, 3, 3).to(memory_format=torch.channels_last) * r.rank\n"
+        "r.average_gradients([*p, conv])\n"
         "assert (p[0].grad == 0.5).all() and (p[1].grad == 0).all()\n"
+        "assert torch.equal(conv.grad, torch.arange(72.0).view(2, 4, 3, 3) / 2) and conv.grad.stride() == conv.stride()\n"
+        "loop = training.Loop('two', 0, 9, r)\n"
+        "steps = [loop._stop(15, None) if (s, r.rank) == (3, 1) else s for s in loop]\n"
+        "assert len(steps) == 4, steps\n"  # one rank was asked to stop: both do, after the same step
         "assert r.mean(float(r.rank)) == 0.5\n"
         "r.wait()\n")
     import subprocess
