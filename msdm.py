@@ -5,6 +5,7 @@ LDM   arXiv:2112.10752  Eq. 3, the same in latents and with text
 CFG   arXiv:2207.12598  Algorithm 1, text dropped at random
 Self-conditioning  arXiv:2208.04202  Sec. 3.2 and Algorithm 1
 CLIP  arXiv:2103.00020  Sec. 2.4, the text transformer
+ALiBi arXiv:2108.12409  Sec. 3, nearer words are heard better
 
     python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
     python msdm.py --data data/mine --base runs/msdm/best.safetensors --lora 8 --out runs/adapter
@@ -71,10 +72,19 @@ class TextLayer(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def alibi(n, n_heads, device):
+    """-|i - j| 2^(-8 h / n_heads) for head h = 1, 2, ...: (1, n_heads, n, n), added to the logits (ALiBi, Sec. 3, both ways)."""
+    slope = 2.0 ** (-8 * torch.arange(1, n_heads + 1, device=device) / n_heads)
+    place = torch.arange(n, device=device)
+    return (-slope[:, None, None] * (place[None] - place[:, None]).abs())[None]
+
+
 class TextTransformer(nn.Module):
     """Prompts -> (states (b, length, dim), mask (b, length)), true at tokens.
 
-    CLIP's text tower at a small size; it looks both ways, for nothing is generated here.
+    CLIP's text tower at a small size; it looks both ways, for nothing is generated here. A token knows others by their
+    distance and not by their place in the text: several sentences may come in any order, and "upper-left" belongs to the
+    noun of its own.
     """
 
     trained = True
@@ -88,18 +98,18 @@ class TextTransformer(nn.Module):
         self.tokenizer.enable_truncation(config.length)
         self.tokenizer.enable_padding(length=config.length, pad_id=0, pad_token="<pad>")
         self.tokens = nn.Embedding(config.vocab, config.dim)
-        self.places = nn.Parameter(0.1 * torch.randn(config.length, config.dim))
         self.layers = nn.ModuleList(TextLayer(config.dim, config.n_heads) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, prompts):
         encoded = self.tokenizer.encode_batch(list(prompts))
-        device = self.places.device
+        device = self.tokens.weight.device
         ids = torch.tensor([e.ids for e in encoded], device=device)
         mask = torch.tensor([e.attention_mask for e in encoded], device=device).bool()
-        x = self.tokens(ids) + self.places
+        bias = alibi(self.config.length, self.config.n_heads, device).masked_fill(~mask[:, None, None], -torch.inf)
+        x = self.tokens(ids)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, bias)
         return self.norm(x), mask
 
     def describe(self):

@@ -71,10 +71,13 @@ def sinusoidal(t, dim, last=1):
 
 
 def attention(q, k, v, n_heads, mask=None):
-    """softmax(q k^T / sqrt(d)) v on (b, n, heads * d); mask (b, n_keys) or (b, n, n_keys) true where a key may be seen."""
+    """softmax(q k^T / sqrt(d)) v on (b, n, heads * d); mask (b, n_keys) or (b, n, n_keys) true where a key may be seen.
+
+    A mask (b, heads, n, n_keys) of floats is added to the logits instead.
+    """
     q, k, v = (rearrange(y, "b n (heads d) -> b heads n d", heads=n_heads) for y in (q, k, v))
     if mask is not None:
-        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(y, "b heads n d -> b n (heads d)")
 
@@ -162,6 +165,8 @@ class TextBlock(nn.Module):
         self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
+        for layer in (self.attention.to_q, self.attention.to_k, self.attention.to_v):
+            unit_variance(layer)
         zero_init(self.attention.to_out[0])
         zero_init(self.feed_forward[2])
 
@@ -169,7 +174,7 @@ class TextBlock(nn.Module):
         h, w = x.shape[-2:]
         y = self.norm_1(x, emb)
         if self.coordinates:
-            y = torch.cat([y, coordinates(y)], dim=1)
+            y = torch.cat([y, 4 * coordinates(y)], dim=1)  # loud enough among dozens of channels
         y = rearrange(y, "b c h w -> b (h w) c")
         y = self.attention(y, y if text is None else text, text_mask)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
