@@ -54,7 +54,7 @@ def zero_init(module):
 
 
 def unit_variance(linear):
-    """Weights that keep the size of what passes: torch's default shrinks it threefold, and four layers deep the words are lost."""
+    """Weights that keep the size of what passes: torch's default shrinks it to 0.58, and four layers deep the words are lost."""
     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     return linear
 
@@ -165,8 +165,6 @@ class TextBlock(nn.Module):
         self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
-        for layer in (self.attention.to_q, self.attention.to_k, self.attention.to_v):
-            unit_variance(layer)
         zero_init(self.attention.to_out[0])
         zero_init(self.feed_forward[2])
 
@@ -189,6 +187,8 @@ class Stage(nn.Module):
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
         self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
                               coordinates=config.coordinates)
+        for layer in (self.text.attention.to_q, self.text.attention.to_k, self.text.attention.to_v):
+            unit_variance(layer)  # a pixel hears some words from the start, and not the mean of all
 
     def forward(self, x, emb, text, text_mask):
         return self.text(self.res(x, emb), emb, text, text_mask)

@@ -78,6 +78,17 @@ def test_the_same_folder_with_another_setting_is_refused(made):
     assert "this run was started with lr=0.001, now lr=0.5" in done.stderr
 
 
+def test_a_folder_of_another_kind_is_not_taken_for_a_run(made, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "something else than a training run" in run("msdm.py", *msdm_flags(made), "--out", tmp_path, expect=2).stderr
+
+
+def test_help_tells_every_flag():
+    for script in ("vae.py", "msdm.py"):
+        said = run(script, "--help").stdout
+        assert all(flag in said for flag in ("--data", "--steps", "--lr", "--minutes")), script
+
+
 def test_ctrl_c_saves_and_leaves_with_130(made, tmp_path):
     flags = [*msdm_flags(made), "--out", tmp_path / "run", "--steps", 100_000, "--save-every", 90_000]
     process = subprocess.Popen([sys.executable, HERE / "msdm.py", *map(str, flags)], env=ENV, stderr=subprocess.PIPE, text=True)
@@ -130,10 +141,12 @@ def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
      "--text-encoder train"),
     ("vae.py", ["--data", "{root}/data", "--perceptual", "{root}/absent.pth"], "--perceptual"),
     ("vae.py", ["--data", "{root}/data", "--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    ("vae.py", ["--data", "{root}/data", "--size", "50"], "--size 50: expected a multiple of 4, 32 or more"),
+    ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--sample-steps", "1001"], "1000 times"),
     ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--join", "0"], "--join 0: expected 1 or more"),
 ])
 def test_bad_input_is_one_line_and_status_2(made, tmp_path, script, flags, said):
     done = run(script, *[f.format(root=made) for f in flags], "--out", tmp_path / "out", expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0] and "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "images").exists() and not (tmp_path / "out" / "last.safetensors").exists()
+    assert not (tmp_path / "out").exists()  # the corrected command finds the name free

@@ -130,6 +130,23 @@ def test_pipeline_of_2_2_matches_the_reference(k22):
     close(img, r["pipeline.image"], 1e-3)
 
 
+def effect_of_rounding(network, generate, img):
+    """How far a picture moves when every weight moves by a few units in its last place.
+
+    1e-3 is met on some processors. The recorded network is random, not trained, and multiplies rounding up to a
+    millionfold in five steps: on others the order of sums alone moves its pictures by 0.02.
+    """
+    before = {k: p.detach().clone() for k, p in network.named_parameters()}
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1 + 3e-7 * torch.randn(p.shape, generator=g))
+        moved = generate()
+        for k, p in network.named_parameters():
+            p.copy_(before[k])
+    return (moved - img).abs().max().item()
+
+
 def test_pipeline_of_3_matches_the_reference(k3):
     r, request = recorded("kandinsky-3-recorded.safetensors"), json.loads(fixture("kandinsky-3-recorded.json").read_text())
     states, mask = kandinsky.pad_texts(k3.encode_text(request["prompts"]), 128)
@@ -139,9 +156,12 @@ def test_pipeline_of_3_matches_the_reference(k3):
         close(k3.unet(r["unet.sample"], r["unet.timestep"], r["unet.encoder_hidden_states"], mask), r["unet.out"], 1e-4)
     for prompts, seed, name in ((request["prompts"], request["seed"], "image"),
                                 (request["prompts"][:1], request["seed_alone"], "first_prompt_alone")):
-        img = k3.generate(prompts, request["num_inference_steps"], request["guidance_scale"] + 1, request["height"],
-                          request["width"], torch.Generator().manual_seed(seed))
-        close(img, r[f"pipeline.{name}"], 1e-3)
+        def generate():
+            return k3.generate(prompts, request["num_inference_steps"], request["guidance_scale"] + 1, request["height"],  # noqa: B023
+                               request["width"], torch.Generator().manual_seed(seed))  # noqa: B023
+
+        img = generate()
+        close(img, r[f"pipeline.{name}"], max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
 
 
 # What sampling promises

@@ -131,6 +131,12 @@ def test_a_place_is_one_token():
     assert [t.strip("\u0120") for t in tokens[-7:]] == ["upper-left", ",", "center", "and", "lower-left", ".", "<eos>"]
 
 
+def test_words_are_heard_by_their_distance():
+    bias = msdm.alibi(4, 2, "cpu")
+    assert bias.shape == (1, 2, 4, 4) and torch.equal(bias, bias.mT)
+    assert bias[0, 0, 1].tolist() == [-1 / 16, 0, -1 / 16, -2 / 16] and bias[0, 1, 0, 3].item() == -3 / 256
+
+
 def test_text_states_do_not_depend_on_the_batch():
     m = model()
     torch.testing.assert_close(m.text(PROMPTS)[0][0], m.text(PROMPTS[:1])[0][0])

@@ -91,9 +91,9 @@ def test_perceptual_loss_from_a_file_in_torchvisions_format(tmp_path):
     torch.manual_seed(0)
     file = tmp_path / "vgg.pth"
     torch.save({k: v if v.numel() < 2**24 else torch.zeros(1).expand(v.shape) for k, v in vgg16().state_dict().items()}, file)
-    loss = vaes.find_perceptual(str(file))
+    loss, _ = vaes.find_perceptual(str(file))
     x = pictures()
     assert loss(x, x).abs().max() == 0 and (loss(x, pictures(seed=1)) > 0).all()
     with pytest.raises(BadInput, match="no such file"):
         vaes.find_perceptual(str(tmp_path / "absent.pth"))
-    assert vaes.find_perceptual("off") is None
+    assert vaes.find_perceptual("off") == (None, "off")
