@@ -264,9 +264,9 @@ def in_parallel(function, n, workers, what):
 
 # Training
 
-def split(records, fraction=0.1, seed=0, groups=None):
+def split(records, fraction=0.1, seed=2204, groups=None):
     """(train, val) by image, each in the order of records. The hash of seed and file name decides, so every script
-    finds the same split of a folder, at any picture size.
+    finds the same split of a folder, at any picture size: what is held out from a training is new to a judge too.
 
     groups: lists of indices into records that share a side; by default the near-duplicates among the images.
     """

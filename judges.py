@@ -342,9 +342,10 @@ def report(shown, wanted, truth_real, shown_held_out, truth_held_out):
     def row(name, columns, judged):
         weight = n[columns] / n[columns].sum()                          # the mix that was asked for
         n_all, n_hits = int(n[columns].sum()), int(hits[columns].sum())
+        ever = ~seen[columns].isnan()                                   # values that a held-out picture shows
         low, high = wilson(n_hits, n_all)
         return {"asked for": name, "n": n_all, "share": n_hits / n_all, "low": low, "high": high,
-                "seen": float((seen[columns] * weight).sum()), "accuracy": float(judged),
+                "seen": float((seen[columns] * weight)[ever].sum() / weight[ever].sum()), "accuracy": float(judged),
                 "chance": float((chance[columns] * weight).sum())}
 
     rows = [{"attribute": attribute} | row(value, [i], accuracy[i])
@@ -507,11 +508,11 @@ def balanced_rows(tests):
 
 def memorisation(args):
     """How close generated pictures come to training pictures, beside pictures that cannot have been copied from them."""
-    train = data.read_folder(args.train)
-    train, held_out = (train, data.read_folder(args.held_out)) if args.held_out else data.split(train)
+    train = any_pictures(args.train)
+    train, held_out = (train, any_pictures(args.held_out)) if args.held_out else data.split(train)
     images, train = data.load_images(train, args.size)
     others, held_out = data.load_images(held_out, args.size)
-    fake_images, fake = data.load_images(data.read_folder(args.fake), args.size)
+    fake_images, fake = data.load_images(any_pictures(args.fake), args.size)
     if len(train) < 2 or len(held_out) < 20:
         raise BadInput(f"expected at least 2 training pictures and 20 held out, got {len(train)} of {args.train} "
                        f"and {len(held_out)} of {args.held_out or args.train}")
@@ -527,7 +528,8 @@ def memorisation(args):
     d, i = found["held-out real"]
     near, near_for_its_place = d.quantile(0.01), (d / radius[i]).quantile(0.01)
     if near == 0:
-        raise BadInput(f"{args.held_out}: expected other pictures than in --train, 1 % and more of them are the same")
+        raise BadInput(f"{args.held_out or args.train}: expected held-out pictures other than those to train on, "
+                       "1 % and more are the same")
     rows = []
     for name, (d, i) in found.items():
         close = (d < near) | (d / radius[i] < near_for_its_place)
@@ -537,6 +539,8 @@ def memorisation(args):
     generated, real, altered = rows
     verdict = ("COPIES: more generated pictures are too close than chance explains" if generated["low"] > real["high"] else
                "cannot tell: not even altered copies stand out in these features" if altered["low"] <= real["high"] else
+               "SUSPICIOUS: more generated pictures are too close than held-out ones; too few are held out to be sure"
+               if generated["low"] > real["too close"] else
                "no sign of copying: about as many generated pictures are too close as held-out ones")
     print(f"{len(train)} training pictures of {args.train}; {args.size} px; distances of {named}\n")
     print_table(rows, {"pictures": "pictures", "n": "n", "too close": "too close", "95 % interval": interval,
@@ -547,7 +551,7 @@ def memorisation(args):
           "altered copies: training pictures with other light, blur, noise and a pixel's shift: how copies would score.\n"
           f"\n{verdict}")
     d, i = found["generated"]
-    order = (d / radius[i]).argsort()[:args.pairs].tolist()
+    order = torch.minimum(d / near, d / radius[i] / near_for_its_place).argsort()[:args.pairs].tolist()
     pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
               "ratio": float(d[j] / radius[i[j]])} for j in order]
     sheet = args.sheet or Path(args.fake) / "closest.png"
@@ -558,6 +562,11 @@ def memorisation(args):
                                        "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
                                        "near": float(near), "near_ratio": float(near_for_its_place), "verdict": verdict,
                                        "flagged": verdict.startswith("COPIES"), "rows": rows, "pairs": pairs})
+
+
+def any_pictures(folder):
+    """The pictures of a data folder or of a plain one: what was said of them does not matter here."""
+    return [data.Record(path, path.name, []) for path in metrics.image_files(folder)]
 
 
 def thumbnails_or_inception(args):
@@ -655,6 +664,8 @@ def main(argv=None):
         args.device = weights.best_device(args.device)
         if args.size % 16 or args.size < 32:
             raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
+        if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
+            raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
         if getattr(args, "steps", 1) < 1:
             raise BadInput(f"--steps: expected at least 1, got {args.steps}")
     args.function(args)

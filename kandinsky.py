@@ -1101,7 +1101,7 @@ def train(args):
     training.seed_step(args.seed, "weights")
     loras.inject(network, config)
     records = data.read_folder(args.data, args.captions)
-    splits = data.split(records, seed=args.seed)
+    splits = data.split(records)
     _, readable = data.load_images(records, 1)  # names those that are not
     place = {r.name: i for i, r in enumerate(readable)}
     pictures, val_pictures = (torch.tensor([place[r.name] for r in side if r.name in place]) for side in splits)

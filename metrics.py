@@ -332,12 +332,12 @@ def fill(net, weights, which):
     else:
         path = Path(weights) if weights else published_file(which)
         tensors, source, name = read_state(path), file_hash(path), path
-    found = {}
+    found, positions = {}, BY_POSITION if which == "fid" else {}
     for key, value in tensors.items():
-        prefix = next((p for p in BY_POSITION if key.startswith(p)), None)
+        prefix = next((p for p in positions if key.startswith(p)), None)
         if not key.startswith("AuxLogits."):                # torchvision's training head
             found[BY_POSITION[prefix] + key.removeprefix(prefix) if prefix else key] = value
-    if "blocks.0.0.conv.weight" in tensors:
+    if which == "fid" and "blocks.0.0.conv.weight" in tensors:
         net.fc = None
     own = net.state_dict()
     for key in own:
@@ -370,7 +370,8 @@ def published_file(which):
                 size = int(source.headers.get("Content-Length", 0))
                 with tqdm.wrapattr(out, "write", total=size, desc=path.name) as target:
                     shutil.copyfileobj(source, target)
-            checked(tmp, known["sha256"])
+            if file_hash(tmp) != known["sha256"]:
+                raise OSError("what came has another SHA-256")
     except OSError as error:                                # URLError and time-outs are OSErrors
         raise BadInput(f"Inception weights: not in {folder} and the download failed ({error}); fetch {url} "
                        "elsewhere and put it there, or name it with --weights") from None
@@ -452,9 +453,12 @@ def root(cov, name):
     """R (rank, d) with R^T R = cov: Cholesky with pivots (LAPACK's pstrf), which ends where a singular one does."""
     factor, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov.cpu().numpy().T, lower=1)
     r = torch.from_numpy(factor.T[:rank]).triu()[:, np.argsort(pivot)].to(cov.device)
-    if (cov.trace() - r.square().sum()).abs() > 1e-6 * cov.trace().abs():
+    if (cov.trace() - r.square().sum()).abs() <= 1e-6 * cov.trace().abs():
+        return r
+    value, vector = torch.linalg.eigh(cov)                  # not quite a covariance: made in float32, say
+    if value[0] < -1e-4 * value[-1].abs():
         raise BadInput(f"{name}: has negative eigenvalues, expected a covariance")
-    return r
+    return value.clamp_min(0).sqrt()[:, None] * vector.T
 
 
 def kid(real, fake, subset_size: int | None = None, subsets=100, seed=0) -> tuple[float, float]:
@@ -886,8 +890,10 @@ def main(argv=None):
     numbers = evaluate(real, fake, args.protocol == "fid", args.kid_subset_size)
 
     notes = list(NOTES[args.protocol])
-    if not net.published:
-        notes.append("not comparable with any published number: these are not the published weights")
+    if net.source == "rule":
+        notes.append("not comparable with any published number: these are random weights made by a rule")
+    elif not net.published:
+        notes.append("not comparable with any published number, unless this file holds the published tensors")
     setting = protocol | {
         "real": str(args.real_stats if known else args.real), "fake": str(args.fake),
         "n_real": len(real["features"]) if "features" in real else None, "n_fake": len(fake_paths),

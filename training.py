@@ -386,7 +386,7 @@ def add_flags(parser, steps):
 def read_data(args):
     """(records to train on, records to validate on, fingerprint) of --data."""
     records = data.read_folder(args.data, args.captions)
-    train, val = data.split(records, seed=args.seed)
+    train, val = data.split(records)
     if not val:
         raise BadInput(f"{args.data}: one picture, expected at least 2: one to learn from, one to check")
     return train, val, data.fingerprint(records)

@@ -6,6 +6,7 @@ the same tensors and metadata give the same bytes.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -61,7 +62,10 @@ def save_safetensors(path, tensors: dict, metadata: dict | None = None):
     """Tensors and JSON-able metadata into one safetensors file, atomically. Names lose the prefixes of compile and DDP."""
     tensors = {clean_name(k): v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as tmp:
-        save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
+        try:
+            save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
+        except SafetensorError as error:  # a full disk, a folder that may not be written
+            raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def clean_name(name):

@@ -145,6 +145,14 @@ def test_statistics_meet_the_reference(recorded):
     assert all(type(x) is float for x in (metrics.fid(real, fake), *metrics.kid(real, fake), precision, recall, mean))
 
 
+
+def test_covariances_of_float32_with_fewer_images_than_dimensions_are_taken():
+    x = torch.randn(100, 512, generator=torch.Generator().manual_seed(0)).relu()
+    mu, cov = x.mean(0), torch.cov(x.T)  # singular, and by rounding not quite without negative eigenvalues
+    assert abs(metrics.frechet_distance(mu, cov, mu, cov)) < 1e-2
+    assert metrics.frechet_distance(mu, cov, mu + 1, cov) == pytest.approx(512, rel=1e-3)
+
+
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
     m = np.array([3.0, -4.0, 0.0])
     assert metrics.frechet_distance(np.zeros(3), np.eye(3), m, np.eye(3)) == pytest.approx(25)
