@@ -267,6 +267,16 @@ def test_copies_are_flagged_and_other_pictures_are_not(toy, copies, capsys):
     assert not honest["flagged"] and honest["rows"][0]["authentic"] > found["rows"][0]["authentic"]
 
 
+def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
+    mixed = toy / "mixed" / "images"
+    for i, record in enumerate(data.read_folder(toy / "fake")):
+        data.write_image(mixed / f"{i:03d}.png", data.open_image(record.path))
+    for name in sorted(p.name for p in (copies / "images").iterdir())[:12]:
+        data.write_image(mixed / f"copy-{name}", data.open_image(copies / "images" / name))
+    found = memorisation(toy, toy / "mixed")  # a folder without captions will do
+    assert "no sign" not in found["verdict"]
+
+
 def test_held_out_pictures_that_were_trained_on_are_refused(toy):
     with pytest.raises(BadInput, match="the same"):
         run("memorisation", train=toy / "real", held_out=toy / "real", fake=toy / "fake")

@@ -72,6 +72,8 @@ def test_weights_of_other_names_and_of_other_networks(tmp_path):
     assert torch.equal(found, expected)
     assert list(net(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))) == ["64", "192", "768", "2048"]    # holds no logits
 
+    with pytest.raises(BadInput, match="expected torchvision's ImageNet Inception-v3"):
+        metrics.ImageNetInception(tmp_path / "wrapped.safetensors")
     with pytest.raises(BadInput, match=r"fc.weight is \(1000, 2048\), expected \(1008, 2048\)"):
         metrics.Inception(state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
     with pytest.raises(BadInput, match="another network.*missing.*unknown, first conv1.weight"):
