@@ -514,7 +514,7 @@ def precision_recall(real, fake, k=3) -> tuple[float, float]:
     centre = real.mean(0)
     small, norm = centred(real, centre)
     in_real, in_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
-    for i in torch.arange(len(fake), device=fake.device).split(256):
+    for i in torch.arange(len(fake), device=fake.device).split(512):
         d2, slack = squared_distances(*centred(fake[i], centre), small, norm)
         in_real[i] = inside(d2 - ball_real.float(), fake[i], real, ball_real, slack)
         in_fake |= inside((d2 - ball_fake[i, None].float()).T, real, fake[i], ball_fake[i], slack)
@@ -526,14 +526,33 @@ def f1_score(precision, recall) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def radii(x, k):
-    """Squared distance of every row to its k-th neighbour, in float64. k + 1: the nearest to a point is itself."""
+def radii(x, k, strip=1024):
+    """Squared distance of every row to its k-th neighbour, in float64. k + 1: the nearest to a point is itself.
+
+    A block of distances serves its rows and its columns: half of the matrix is never computed.
+    """
     small, norm = centred(x, x.mean(0))
+    spare = min(k + 3, len(x))                              # two more than needed: float32 may swap them
+    near = torch.full((len(x), spare), torch.inf, device=x.device)
+    who = torch.zeros(len(x), spare, dtype=torch.int64, device=x.device)
+
+    def keep_nearest(rows, d2, first):
+        d, i = d2.topk(min(spare, d2.shape[1]), largest=False)
+        d, i = torch.cat([near[rows], d], 1), torch.cat([who[rows], i + first], 1)
+        near[rows], order = d.topk(spare, largest=False)
+        who[rows] = i.gather(1, order)
+
+    starts = range(0, len(x), strip)
+    for i in starts:
+        for j in starts[i // strip:]:
+            a, b = slice(i, i + strip), slice(j, j + strip)
+            d2, _ = squared_distances(small[a], norm[a], small[b], norm[b])
+            keep_nearest(a, d2, j)
+            if j > i:
+                keep_nearest(b, d2.T.contiguous(), i)
     out = torch.empty(len(x), dtype=torch.float64, device=x.device)     # pieces kept from each round would split the heap
     for i in torch.arange(len(x), device=x.device).split(256):
-        d2, _ = squared_distances(small[i], norm[i], small, norm)
-        near = d2.topk(min(k + 3, len(x)), largest=False).indices                 # two spare: float32 may swap them
-        exact = torch.cdist(x[i, None].double(), x[near].double(), compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+        exact = torch.cdist(x[i, None].double(), x[who[i]].double(), compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
         out[i] = exact.kthvalue(k + 1).values.square()
     return out
 
