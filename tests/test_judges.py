@@ -271,10 +271,10 @@ def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
     mixed = toy / "mixed" / "images"
     for i, record in enumerate(data.read_folder(toy / "fake")):
         data.write_image(mixed / f"{i:03d}.png", data.open_image(record.path))
-    for name in sorted(p.name for p in (copies / "images").iterdir())[:12]:
+    for name in sorted(p.name for p in (copies / "images").iterdir())[:6]:
         data.write_image(mixed / f"copy-{name}", data.open_image(copies / "images" / name))
     found = memorisation(toy, toy / "mixed")  # a folder without captions will do
-    assert "no sign" not in found["verdict"]
+    assert found["verdict"].startswith("SUSPICIOUS") and not found["flagged"]
 
 
 def test_held_out_pictures_that_were_trained_on_are_refused(toy):
