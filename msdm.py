@@ -6,6 +6,7 @@ CFG   arXiv:2207.12598  Algorithm 1, text dropped at random
 Self-conditioning  arXiv:2208.04202  Sec. 3.2 and Algorithm 1
 CLIP  arXiv:2103.00020  Sec. 2.4, the text transformer
 ALiBi arXiv:2108.12409  Sec. 3, nearer words are heard better
+SD3   arXiv:2403.03206  Sec. 3.1, logit-normal times
 
     python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
     python msdm.py --data data/mine --base runs/msdm/best.safetensors --lora 8 --out runs/adapter
@@ -343,16 +344,27 @@ class Recipe:
     jitter: float  # brightness and contrast
     views: int  # jittered copies of each picture in the latent cache
     join: int  # up to so many of a picture's prompts are read as one
+    times: tuple[float, float] | None  # mean and spread of the logit of t / T; None: even in t
     p_uncond: float = 0.2
     p_self_cond: float = 0.5
 
 
 RECIPES = {
     "paper": Recipe(Diffusion(), loss="l1", text_encoder="openai/clip-vit-large-patch14", steps=100_000, batch_size=64,
-                    lr=1e-4, muon_lr=None, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1),
-    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=2250,
-                   batch_size=16, lr=1e-3, muon_lr=3e-3, warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=8),
+                    lr=1e-4, muon_lr=None, warmup=0, cosine=False, ema_decay=0.9999, jitter=0.4, views=8, join=1, times=None),
+    "tiny": Recipe(Diffusion("v", "linear", 0.0001, 0.02, image_size=64), loss="l2", text_encoder="train", steps=2050,
+                   batch_size=16, lr=1e-3, muon_lr=3e-3, warmup=200, cosine=True, ema_decay=0.999, jitter=0.0, views=1, join=8,
+                   times=(-0.4, 0.9)),
 }
+
+
+def draw_times(n, T, times, generator):
+    """n times of [0, T), int64: even, or with times = (mean, spread) T sigmoid(mean + spread z), z normal: more often where
+    the layout is decided, less where the picture is all noise or all but done (SD3, Sec. 3.1)."""
+    if times is None:
+        return torch.randint(T, (n,), generator=generator)
+    mean, spread = times
+    return (T * torch.sigmoid(mean + spread * torch.randn(n, generator=generator))).long().clamp(max=T - 1)
 
 
 def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, self_cond):
@@ -553,7 +565,7 @@ def train(args, recipe):
             view = torch.randint(recipe.views, (len(part),), generator=g)
             mu, logvar = latents[part, view].float().chunk(2, dim=1)
             x_0 = (vae.latent_scale * vaes.reparameterise(mu, logvar, g).to(device))
-            t = torch.randint(recipe.diffusion.T, (len(part),), generator=g).to(device)
+            t = draw_times(len(part), recipe.diffusion.T, recipe.times, g).to(device)
             eps = torch.randn(x_0.shape, generator=g).to(device)
             self_cond = None
             if model.unet.config.self_conditioning:

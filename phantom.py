@@ -6,8 +6,8 @@ size: 64 and 256 px show the same scene. What a prompt can ask for, and what cou
     polyps       0, 1, 2 or 3, a quarter of the pictures each; they never touch. n_findings is their number.
     cells        a polyp covers a cell of the 3x3 grid when at least 30 % of its visible area lies there, and always the
                  cell with most of it. The head without the stalk counts; the frame's corners and the box hide.
-    size         radius of the head 0.055 (< 5mm), 0.094 (5-10mm), 0.140 (11-20mm), 0.203 (>20mm), each +- 7 %:
-                 3.5, 6, 9, 13 px of 64. A flat head is an ellipse of the same area, semi-axes 1.3 r and r / 1.3.
+    size         radius of the head 0.071 (< 5mm), 0.103 (5-10mm), 0.146 (11-20mm), 0.203 (>20mm), each +- 7 %:
+                 4.5, 6.6, 9.3, 13 px of 64. A flat head is an ellipse of the same area, semi-axes 1.3 r and r / 1.3.
     paris        is: round dome; ip: dome on a stalk; iia: flat wide ellipse, dull
     colors       one of COLORS; on a quarter of the two larger classes two, a half each
     instruments  0 (half of the pictures), 1 or 2 shafts from an edge, clear of polyps; one lies in a cell with at least
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import prompts
 from data import BadInput, replacing, run_command
 
-RADIUS = dict(zip(prompts.SIZES, (0.055, 0.094, 0.140, 0.203), strict=True))
+RADIUS = dict(zip(prompts.SIZES, (0.071, 0.103, 0.146, 0.203), strict=True))
 COLORS = {"pink": (0.98, 0.60, 0.80), "red": (0.66, 0.05, 0.12), "white": (0.97, 0.95, 0.88),
           "yellow": (0.93, 0.80, 0.22), "purple": (0.47, 0.24, 0.62)}
 COLOR_SHARES = (0.26, 0.22, 0.20, 0.16, 0.16)

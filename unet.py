@@ -28,6 +28,7 @@ class UNetConfig:
     n_heads: int = 8
     dropout: float = 0.1
     self_conditioning: bool = True
+    text_residual: bool = False  # the text's second layer is a residual one, so that no word falls silent
     coordinates: bool = False  # the input and the queries of the cross-attention are told where a pixel lies
 
     def __post_init__(self):
@@ -42,7 +43,7 @@ class UNetConfig:
 PRESETS = {
     "paper": UNetConfig(),
     "tiny": UNetConfig(in_channels=4, channels=(64, 64, 96, 128), time_dim=128, text_dim=128, n_heads=4, dropout=0.0,
-                       self_conditioning=False, coordinates=True),
+                       self_conditioning=False, text_residual=True, coordinates=True),
 }
 
 
@@ -244,7 +245,8 @@ class UNet(nn.Module):
         if self.config.coordinates:
             x_t = torch.cat([x_t, coordinates(x_t)], dim=1)
         text_mask = None if text_mask is None else text_mask.bool()
-        text = self.text_mlp(text)  # (b, n, time_dim)
+        text = self.text_mlp[0](text)  # (b, n, time_dim)
+        text = self.text_mlp[2](self.text_mlp[1](text)) + (text if self.config.text_residual else 0)
         pooled = self.text_pool(text.mean(dim=1, keepdim=True), text, text_mask)[:, 0]  # the mean counts pad positions
         emb = self.time_mlp(sinusoidal(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
         if text_mask is not None and text_mask.device.type == "cpu":  # on a GPU the length would have to be waited for

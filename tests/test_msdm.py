@@ -168,3 +168,17 @@ def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match="--text-encoder train"):
         msdm.FrozenCLIP(str(tmp_path / "absent"))
+
+
+def test_even_times_are_even_and_logit_normal_ones_have_their_mean_and_spread():
+    g = torch.Generator().manual_seed(0)
+    even = msdm.draw_times(40_000, 1000, None, g)
+    assert even.min() == 0 and even.max() == 999
+    assert (even.bincount(minlength=1000).view(10, 100).sum(1) / 4000 - 1).abs().max() < 0.1
+    logit = torch.logit((msdm.draw_times(40_000, 1000, (-0.4, 0.9), g) + 0.5) / 1000)
+    assert abs(logit.mean() + 0.4) < 0.02 and abs(logit.std() - 0.9) < 0.02
+
+
+def test_logit_normal_times_stay_below_the_last():
+    t = msdm.draw_times(1000, 10, (30.0, 1.0), torch.Generator().manual_seed(0))
+    assert t.dtype == torch.int64 and (t == 9).all()

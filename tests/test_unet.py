@@ -51,6 +51,14 @@ def test_masked_words_are_not_looked_at_but_count_in_the_pooled_query():
     assert not torch.allclose(net(x_t, t, text, mask)[0], net(x_t, t, other, mask)[0], atol=1e-5)  # by the mean over all positions
 
 
+def test_a_residual_text_is_heard_where_its_layers_are_silent():
+    x_t, t, text = inputs()
+    for residual in (False, True):
+        net = small(text_residual=residual)
+        net.text_mlp[1].register_forward_hook(lambda module, args, out: torch.zeros_like(out))
+        assert torch.equal(net(x_t, t, text), net(x_t, t, -2 * text)) != residual
+
+
 def test_coordinates_say_where_a_pixel_lies():
     where = coordinates(torch.zeros(2, 3, 5, 9))
     assert where.shape == (2, 4, 5, 9) and torch.equal(where[0], where[1])
