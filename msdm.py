@@ -121,15 +121,15 @@ def learn_tokenizer(prompts, vocab=1024):
     """Byte-level BPE learnt from the training prompts, as (JSON text, vocabulary size). <pad> is 0; <bos> and <eos> go round.
 
     Words are cut at spaces and marks but not at hyphens: "upper-left" is one token, a place of its own, and not "upper", "-",
-    "left", which the text layers would have to put together again.
+    "left", which the text layers would have to put together again. So is a number with its noun, lest "2" alone be heard as of
+    polyps and of instruments alike, and ">20mm".
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\s+"), "removed"),
-        pre_tokenizers.Split(Regex(r"[\w-]+|[^\w-]"), "isolated"),
+        pre_tokenizers.Split(Regex(r"(?:\b(?:no|\d+) |[<>] ?)?[\w-]+|[^\w\s-]"), "removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<bos>", "<eos>"]

@@ -123,12 +123,20 @@ def test_the_tokenizer_knows_its_words_and_survives_others():
     assert mask[0].sum() < 12
 
 
-def test_a_place_is_one_token():
+def test_a_place_a_number_with_its_noun_and_a_size_are_one_token_each():
     from tokenizers import Tokenizer
 
-    prompts = ["Generate an image with an an abnormality located in the upper-left, center and lower-left."] * 2
-    tokens = Tokenizer.from_str(learn_tokenizer(prompts, vocab=400)[0]).encode(prompts[0]).tokens
-    assert [t.strip("\u0120") for t in tokens[-7:]] == ["upper-left", ",", "center", "and", "lower-left", ".", "<eos>"]
+    prompts = ["Generate an image with an an abnormality located in the upper-left, center and lower-left.",
+               "Generate an image with 2 polyps.", "Generate an image with no instruments. Generate an image with 1 finding.",
+               "Generate a polyp of size >20mm, < 5mm and 5-10mm.", "Generate an image not containing text."]
+    tokenizer = Tokenizer.from_str(learn_tokenizer(prompts, vocab=500)[0])
+    words = [[t.replace("\u0120", " ").strip() for t in tokenizer.encode(p).tokens[1:-1]] for p in prompts]
+    assert words[0][-6:] == ["upper-left", ",", "center", "and", "lower-left", "."]
+    assert words[1] == ["generate", "an", "image", "with", "2 polyps", "."]
+    assert words[2] == ["generate", "an", "image", "with", "no instruments", ".",
+                        "generate", "an", "image", "with", "1 finding", "."]
+    assert words[3][-6:] == [">20mm", ",", "< 5mm", "and", "5-10mm", "."]
+    assert words[4] == ["generate", "an", "image", "not", "containing", "text", "."]
 
 
 def test_words_are_heard_by_their_distance():
