@@ -212,6 +212,13 @@ class MSDM(nn.Module):
         side = self.diffusion.image_size // self.vae.factor
         return (self.vae.config.latent_channels, side, side)
 
+    def denoiser(self, prompts, guidance, negative_prompt=""):
+        """What a solver asks: denoise(x_t, t) -> (x_0, None) of one batch of latents, a prompt for each."""
+        b = len(prompts)
+        states, mask = self.text([*prompts, negative_prompt])
+        predict = sampler.guided(self.unet, states[:b], mask[:b], states[b:].expand(b, -1, -1), mask[b:].expand(b, -1), guidance)
+        return sampler.denoiser(predict, self.diffusion.alpha_bar(), self.diffusion.prediction, self.unet.config.self_conditioning)
+
     @torch.inference_mode()
     def sample(self, prompts, seed=0, steps=150, solver="ddpm", guidance=4.5, negative_prompt="", batch_size=16):
         """Pictures uint8 (len(prompts), 3, h, w). Picture i depends on its prompt and on seed + i, not on the batch size."""
@@ -224,13 +231,10 @@ class MSDM(nn.Module):
     @torch.inference_mode()
     def sample_batch(self, prompts, seeds, steps=150, solver="ddpm", guidance=4.5, negative_prompt=""):
         """One batch: a prompt and a seed for each picture."""
-        b, alpha_bar = len(prompts), self.diffusion.alpha_bar()
-        states, mask = self.text([*prompts, negative_prompt])
-        predict = sampler.guided(self.unet, states[:b], mask[:b], states[b:].expand(b, -1, -1), mask[b:].expand(b, -1), guidance)
-        denoise = sampler.denoiser(predict, alpha_bar, self.diffusion.prediction, self.unet.config.self_conditioning)
+        denoise = self.denoiser(prompts, guidance, negative_prompt)
         noise = sampler.seeded_noise(seeds, self.latent_shape(), self.device)
         times = sampler.timesteps(self.diffusion.T, steps)
-        z = sampler.SOLVERS[solver](denoise, noise(-1), alpha_bar, times, noise)
+        z = sampler.SOLVERS[solver](denoise, noise(-1), self.diffusion.alpha_bar(), times, noise)
         return ((self.vae.decode(z) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
     def tensors(self):

@@ -35,13 +35,8 @@ def log_snr_times(alpha_bar, steps):
 @torch.inference_mode()
 def latents(model, solver, times, n, guidance):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(n)]
-    states, mask = model.text([*prompts, ""])
-    null, null_mask = states[n:].expand(n, -1, -1), mask[n:].expand(n, -1)
-    alpha_bar = model.diffusion.alpha_bar()
-    predict = sampler.guided(model.unet, states[:n], mask[:n], null, null_mask, guidance)
-    denoise = sampler.denoiser(predict, alpha_bar, model.diffusion.prediction, model.unet.config.self_conditioning)
     noise = sampler.seeded_noise(range(20_000, 20_000 + n), model.latent_shape())
-    return sampler.SOLVERS[solver](denoise, noise(-1), alpha_bar, times, noise)
+    return sampler.SOLVERS[solver](model.denoiser(prompts, guidance), noise(-1), model.diffusion.alpha_bar(), times, noise)
 
 
 def main():
