@@ -58,22 +58,22 @@ data/phantom-small/prompt-gt.csv: | .venv/installed
 	$(PY) phantom.py --out data/phantom-small --n 400 --size 64 --seed 0
 
 runs/tiny-kandinsky22: | .venv/installed
-	$(PY) kandinsky.py make-tiny --kind 2.2 --out $@
+	$(PY) tests/tiny_kandinsky.py --kind 2.2 --out $@
 
 runs/tiny-kandinsky3: | .venv/installed
-	$(PY) kandinsky.py make-tiny --kind 3 --out $@
+	$(PY) tests/tiny_kandinsky.py --kind 3 --out $@
 
 # In the paper's order: a decoder of small rank, the prior, then the decoder again.
 LORA22 = --data $(KDATA) --cache $(OUT22)/cache $(FLAGS22)
 train-kandinsky22: .venv/installed $(SMALL) $(if $(filter runs/tiny-%,$(PRIOR)),runs/tiny-kandinsky22)  ## LoRA on Kandinsky 2.2 (PRIOR, DECODER)
-	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_FIRST) --out $(OUT22)/decoder-first $(LORA22)
-	$(PY) kandinsky.py train-prior --model $(PRIOR) --rank $(LORA_RANK) --out $(OUT22)/prior $(LORA22)
-	$(PY) kandinsky.py train-decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_RANK) --out $(OUT22)/decoder $(LORA22)
+	$(PY) finetune.py decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_FIRST) --out $(OUT22)/decoder-first $(LORA22)
+	$(PY) finetune.py prior --model $(PRIOR) --rank $(LORA_RANK) --out $(OUT22)/prior $(LORA22)
+	$(PY) finetune.py decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_RANK) --out $(OUT22)/decoder $(LORA22)
 	$(PY) sampler.py --ckpt $(PRIOR) --decoder $(DECODER) --prior-lora $(OUT22)/prior/best --decoder-lora $(OUT22)/decoder/best \
 	  --size $(SIZE22) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp --grid --out $(OUT22)/sample
 
 train-kandinsky3: .venv/installed $(SMALL) $(filter runs/tiny-%,$(KANDINSKY3))  ## LoRA on Kandinsky 3 (KANDINSKY3)
-	$(PY) kandinsky.py train-unet3 --model $(KANDINSKY3) --size $(SIZE3) --rank $(LORA_RANK) --data $(KDATA) --out $(OUT3) $(FLAGS3)
+	$(PY) finetune.py unet3 --model $(KANDINSKY3) --size $(SIZE3) --rank $(LORA_RANK) --data $(KDATA) --out $(OUT3) $(FLAGS3)
 	$(PY) sampler.py --ckpt $(KANDINSKY3) --lora $(OUT3)/best --size $(SIZE3) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp \
 	  --grid --out $(OUT3)/sample
 

@@ -5,14 +5,12 @@ another .csv. Several rows may speak of one image. Pixels are uint8 RGB; by defa
 square with black, because nothing that a prompt names may be cut off. Nothing is ever flipped or recoloured.
 
     python data.py check --data data/phantom
-    python data.py kvasir-seg --src Kvasir-SEG --out data/kvasir
 """
 
 import argparse
 import csv
 import io
 import json
-import shutil
 import struct
 import sys
 from collections import Counter
@@ -23,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.ndimage import gaussian_filter, label
+from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 import prompts as grammar
-from weights import BadInput, file_hash, replacing, run_command, text_hash
+from command import BadInput, run_command
+from files import file_hash, replacing, text_hash
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -128,30 +127,57 @@ def read_text(path):
         raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def read_csv(path):
-    """(row number, image name, prompts) of every row. Row 1 names the columns and shows the delimiter."""
+def csv_rows(path, *columns):
+    """(row number, [field of each column]) of every row that is not empty. Row 1 names the columns and shows the delimiter.
+
+    columns: (spellings, must it be there) of each; a field of a column that is not there is None.
+    """
     text = read_text(path)
     first = (text.splitlines() or [""])[0]
     delimiter = ";" if ";" in first else ","
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         header = [c.strip().lower() for c in next(rows, [])]
-        file, prompt, paraphrase = (next((header.index(c) for c in names if c in header), None)
-                                    for names in (FILE_COLUMNS, PROMPT_COLUMNS, ("paraphrase",)))
-        if file is None or prompt is None:
-            names = FILE_COLUMNS if file is None else PROMPT_COLUMNS
-            raise BadInput(f"{path}, row 1: expected a column {' or '.join(names)}, got {first[:80]!r}")
+        places = [next((header.index(c) for c in names if c in header), None) for names, _ in columns]
+        for place, (names, needed) in zip(places, columns, strict=True):
+            if needed and place is None:
+                raise BadInput(f"{path}, row 1: expected a column {' or '.join(names)}, got {first[:80]!r}")
         for fields in rows:
             fields = [f.strip() for f in fields]
             if not any(fields):
                 continue
             if len(fields) != len(header):
-                raise BadInput(f"{path}, row {rows.line_num}: expected {len(header)} fields, got {len(fields)}; "
+                raise BadInput(f"{path}, row {rows.line_num}: expected {len(header)} field{'s' * (len(header) > 1)}, got {len(fields)}; "
                                f"a prompt that holds a {delimiter!r} must be quoted")
-            more = [fields[paraphrase]] if paraphrase is not None and fields[paraphrase] else []
-            yield rows.line_num, fields[file], [fields[prompt], *more]
+            yield rows.line_num, [None if place is None else fields[place] for place in places]
     except csv.Error as error:
         raise BadInput(f"{path}, row {rows.line_num}: not a CSV row ({error})") from None
+
+
+def read_csv(path):
+    """(row number, image name, prompts) of every row."""
+    for row, (name, prompt, paraphrase) in csv_rows(path, (FILE_COLUMNS, True), (PROMPT_COLUMNS, True), (("paraphrase",), False)):
+        yield row, name, [prompt, *([paraphrase] if paraphrase else [])]
+
+
+def read_prompts(path):
+    """The prompts of a .txt file, one a line, or of a .csv with a Prompt column, in order."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file, expected prompts, one a line, or a csv with a Prompt column")
+    if path.suffix.lower() == ".txt":
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    elif path.suffix.lower() == ".csv":
+        prompts = []
+        for row, (prompt,) in csv_rows(path, (PROMPT_COLUMNS, True)):
+            if not prompt:
+                raise BadInput(f"{path}, row {row}: the prompt is empty")
+            prompts.append(prompt)
+    else:
+        raise BadInput(f"{path}: expected a .txt of prompts, one a line, or a .csv with a Prompt column")
+    if not prompts:
+        raise BadInput(f"{path}: no prompts in it")
+    return prompts
 
 
 def read_jsonl(path):
@@ -253,6 +279,21 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
     print(f"skipped {len(bad)} unreadable images of {len(records)}", file=sys.stderr)
     keep = [i for i, e in enumerate(errors) if not e]
     return out[keep], [records[i] for i in keep]
+
+
+def to_float(images):
+    """uint8 images as float32 in [-1, 1], what networks take."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(img):
+    """Float images, meant to be in [-1, 1], as uint8 on the CPU."""
+    return ((img.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def batches(n, size):
+    """Slices of range(n), `size` long, the last one perhaps shorter."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def in_parallel(function, n, workers, what):
@@ -371,84 +412,6 @@ def write_captions(folder, rows):
         writer.writerows(rows)
 
 
-# Kvasir-SEG: prompts that are true by the mask
-
-SPECK = 0.0005      # share of the picture under which a component is JPEG noise: noise has 1e-5, polyps 1.6e-3 and more
-COVERS = 0.20       # share of a polyp's area that must lie in a cell
-
-
-def polyps_in(mask) -> list[list[str]]:
-    """The cells of every polyp in a boolean mask: those of the picture's 3x3 grid that hold at least COVERS of its area
-    and always the fullest. A polyp is an 8-connected component no smaller than SPECK."""
-    h, w = mask.shape
-    components, n = label(mask, np.ones((3, 3)))
-    polyps = []
-    for i in range(1, n + 1):
-        y, x = np.nonzero(components == i)
-        if len(y) >= SPECK * mask.size:
-            share = np.bincount(3 * y // h * 3 + 3 * x // w, minlength=9) / len(y)
-            polyps.append([c for c, s in zip(grammar.CELLS, share, strict=True) if s >= COVERS or s == share.max()])
-    return polyps
-
-
-def has_box(img) -> bool:
-    """Does an RGB picture carry the artefact, a green or black box in its lower left?
-
-    Green: at least 5 % of the lower left quarter is a green that no tissue has. Black: going right along the lower
-    edge, the height of the black above it stays level over four columns and then falls at once by 7.5 % of the
-    picture, where the frame's own corner falls slowly. Against 850 pictures of
-    Kvasir-SEG looked at one by one, the same that the numbers were chosen on: 499 of 499 boxes found, 5 found where
-    none is; 16 notches of the frame too small to call either way are left out.
-    """
-    n = 128
-    rgb = np.asarray(img.resize((n, n), Image.Resampling.BOX)).astype(int)
-    r, g, _ = np.moveaxis(rgb[n // 2:, :n // 2], -1, 0)
-    if ((g > 1.25 * r) & (g > 60)).mean() >= 0.05:
-        return True
-    black = rgb.max(-1) < 24
-    height = np.cumprod(black[::-1], axis=0).sum(0) / n
-    before = np.stack([height[k:n - 5 + k] for k in range(4)])           # columns x - 3 ... x
-    fall = height[3:n - 2] - height[5:]                                  # from column x to x + 2
-    level = (np.ptp(before, axis=0) <= 0.02) & (before.max(0) < 0.75)    # a black edge of the whole height is no box
-    return bool((level & (fall >= 0.075))[:int(0.6 * n)].any())
-
-
-def kvasir_prompts(path, mask_path) -> list[str]:
-    """What is true of one picture, a prompt each."""
-    img, mask = open_image(path), open_image(mask_path)
-    if img.size != mask.size:
-        raise BadInput(f"{mask_path}: expected the size of its picture, {img.size}, got {mask.size}")
-    polyps = polyps_in(np.asarray(mask.convert("L")) > 127)
-    n = len(polyps)
-    facts = [{"n_polyps": n}, {"n_findings": n}, {"procedure": "colonoscopy"}, {"box": has_box(img)}]
-    if polyps:
-        cells = [c for c in grammar.CELLS if any(c in polyp for polyp in polyps)]
-        facts = [{"contains": ["polyp"]}, *facts, {"abnormality_cells": cells}]
-    return [grammar.write(fact) for fact in facts]
-
-
-def kvasir_seg(src, out, workers):
-    """The public Kvasir-SEG folder into a data folder: images byte for byte, prompts from the masks."""
-    images, out = list_images(src), Path(out)
-    if not (Path(src) / "masks").is_dir():
-        raise BadInput(f"{src}: holds no folder masks/")
-    if out.resolve() == Path(src).resolve():
-        raise BadInput(f"{out}: --out must be another folder than --src")
-    masks = {p.stem: p for p in files_in(Path(src) / "masks")}
-    missing = [p.name for p in images if p.stem not in masks]
-    if missing or not images:
-        raise BadInput(f"{src}/masks: no mask for {len(missing)} of {len(images)} images {' '.join(missing[:3])}")
-    there = files_in(out / "images") if (out / "images").is_dir() else []
-    if strangers := {p.name for p in there} - {p.name for p in images}:
-        raise BadInput(f"{out}: holds {len(strangers)} images that are not from {src}; give an empty folder")
-    rows = in_parallel(lambda i: kvasir_prompts(images[i], masks[images[i].stem]), len(images), workers, "masks")
-    for path in tqdm(images, "copying", unit="image", delay=2, leave=False, disable=None):
-        with replacing(out / "images" / path.name) as tmp:
-            shutil.copyfile(path, tmp)
-    write_captions(out, [(prompt, p.name) for p, prompts in zip(images, rows, strict=True) for prompt in prompts])
-    print(f"{out}: {len(images)} images, {sum(map(len, rows))} prompts")
-
-
 # Check
 
 def check(folder, captions, workers):
@@ -502,24 +465,15 @@ def check(folder, captions, workers):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check a data folder, or make one of Kvasir-SEG.")
+    parser = argparse.ArgumentParser(description="Check a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, what):
-        p = commands.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.add_argument("--workers", type=int, default=2, help="threads that read images")
-        return p
-
-    p = command("check", "say what a data folder holds; exit status 1 if it is unusable")
+    p = commands.add_parser("check", help="say what a data folder holds; exit status 1 if it is unusable",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, metavar="DIR", help="data folder")
     p.add_argument("--captions", metavar="FILE", help="captions file to use instead of the folder's own")
-    p = command("kvasir-seg", "turn the public Kvasir-SEG folder into a data folder")
-    p.add_argument("--src", required=True, metavar="DIR", help="folder with images/ and masks/")
-    p.add_argument("--out", required=True, metavar="DIR", help="data folder to write")
+    p.add_argument("--workers", type=int, default=2, help="threads that read images")
     args = parser.parse_args(argv)
-    if args.command == "check":
-        return check(args.data, args.captions, args.workers)
-    return kvasir_seg(args.src, args.out, args.workers)
+    return check(args.data, args.captions, args.workers)
 
 
 if __name__ == "__main__":

@@ -15,43 +15,37 @@ memorisation   the nearest training picture of each generated one, beside those 
 
 import argparse
 import csv
-import json
 import math
 import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import nn
 from tqdm import trange
 
 import data
 import metrics
 import prompts
-import weights
-from weights import BadInput, run_command
+from classifier import (
+    ATTRIBUTES,
+    COLUMN,
+    SLICE,
+    UNKNOWN,
+    VALUES,
+    augment,
+    classifier_of,
+    merge,
+    predict,
+    train_classifier,
+    truth,
+    truth_row,
+)
+from command import BadInput, best_device, run_command
+from files import replacing, write_json
+from inception import Inception
 
-# What is judged. Of a "one" exactly one value holds in a picture, of a "set" any number do.
-ATTRIBUTES = {
-    "polyp": ("one", ("no polyps", "a polyp")),
-    "count": ("one", ("0", "1", "2", "3", "more")),
-    "place": ("set", prompts.CELLS),
-    "size": ("set", prompts.SIZES),
-    "instruments": ("one", ("none", "some")),
-    "box": ("one", ("without", "with")),
-    "text": ("one", ("without", "with")),
-    "colour": ("set", prompts.COLORS),
-    "paris": ("set", prompts.PARIS),
-    "procedure": ("one", ("colonoscopy", "gastroscopy")),
-}
-VALUES = [(attribute, value) for attribute, (_, values) in ATTRIBUTES.items() for value in values]
-COLUMN = {pair: i for i, pair in enumerate(VALUES)}
-SLICE = {a: slice(COLUMN[a, values[0]], COLUMN[a, values[-1]] + 1) for a, (_, values) in ATTRIBUTES.items()}
-UNKNOWN = -1
 MIN_EXAMPLES = 5        # training pictures below which a value is not judged
-
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
     "a polyp": [("polyp", "a polyp")],
@@ -65,66 +59,6 @@ SUMMARY = {             # rows of the short table: which values each pools
     "paris type": [("paris", v) for v in prompts.PARIS],
     "procedure": [("procedure", "colonoscopy"), ("procedure", "gastroscopy")],
 }
-
-
-# Labels
-
-def merge(parsed: list[dict]) -> dict:
-    """The attributes that several prompts of one picture speak of, together; lists are united."""
-    out = {}
-    for attributes in parsed:
-        for key, value in attributes.items():
-            out[key] = list(dict.fromkeys([*out.get(key, []), *value])) if isinstance(value, list) else value
-    return out
-
-
-def from_drawing(line: dict) -> dict:
-    """A line of attributes.jsonl (DESIGN.md 5) as attributes that speak of everything."""
-    polyps = line["polyps"]
-    return {"procedure": line["procedure"], "box": line["box"], "text": line["text"],
-            "n_polyps": len(polyps), "n_findings": len(polyps), "n_instruments": len(line["instruments"]),
-            "abnormality_cells": [c for p in polyps for c in p["cells"]],
-            "colors": [c for p in polyps for c in p["colors"]],
-            "sizes": [p["size"] for p in polyps], "paris": [p["paris"] for p in polyps]}
-
-
-def truth_row(attributes: dict) -> list[int]:
-    """1, 0 or UNKNOWN for each of VALUES: what a real picture with these attributes shows.
-
-    A prompt that names places, sizes, colours or types names all of them, so the others are absent.
-    """
-    a = dict(attributes)
-    if a.get("n_findings") == 0:
-        a = {"n_polyps": 0, "abnormality_cells": [], "colors": []} | a
-    if a.get("n_polyps") == 0:
-        a = {"sizes": [], "paris": []} | a
-    n_polyps = a.get("n_polyps")
-    polyp = a["n_polyps"] > 0 if "n_polyps" in a else None
-    if "polyp" in a.get("contains", ()) or a.get("sizes") or a.get("paris"):
-        polyp = True
-    some = a["n_instruments"] > 0 if "n_instruments" in a else True if a.get("instrument_cells") else None
-    row = [UNKNOWN] * len(VALUES)
-
-    def one(attribute, index):
-        if index is not None:
-            span = SLICE[attribute]
-            row[span] = [int(i == index) for i in range(span.stop - span.start)]
-
-    def several(attribute, names):
-        if names is not None:
-            row[SLICE[attribute]] = [int(v in names) for v in ATTRIBUTES[attribute][1]]
-
-    one("polyp", polyp)
-    one("count", None if n_polyps is None else min(n_polyps, 4))
-    one("instruments", some)
-    one("box", a.get("box"))
-    one("text", a.get("text"))
-    one("procedure", {"colonoscopy": 0, "gastroscopy": 1}.get(a.get("procedure")))
-    several("place", a.get("abnormality_cells"))
-    several("size", a.get("sizes"))
-    several("colour", a.get("colors"))
-    several("paris", a.get("paris"))
-    return row
 
 
 def asked(attributes: dict) -> list[tuple]:
@@ -143,171 +77,6 @@ def asked(attributes: dict) -> list[tuple]:
     out += [(key, "with" if a[key] else "without") for key in ("box", "text") if key in a]
     out += [("procedure", a["procedure"])] if "procedure" in a else []
     return [pair for pair in out if pair in COLUMN]
-
-
-def truth(records, folder) -> torch.Tensor:
-    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from attributes.jsonl where the folder has one, else from the prompts."""
-    drawn = read_drawings(folder)
-    if drawn is not None:
-        missing = [r.name for r in records if r.name not in drawn]
-        if missing:
-            raise BadInput(f"{folder}/attributes.jsonl: no line for {missing[0]}")
-        rows = [truth_row(from_drawing(drawn[r.name])) for r in records]
-    else:
-        rows = [truth_row(merge([prompts.parse(p) for p in r.prompts])) for r in records]
-    return torch.tensor(rows, dtype=torch.int8)
-
-
-def read_drawings(folder):
-    """{file name: line} of attributes.jsonl, or None where there is no such file."""
-    path = Path(folder) / "attributes.jsonl"
-    if not path.is_file():
-        return None
-    drawn = {}
-    for i, text in enumerate(data.read_text(path).splitlines(), 1):
-        try:
-            line = json.loads(text)
-            from_drawing(line)
-            drawn[line["file_name"]] = line
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}, line {i}: expected a picture's attributes ({error!r})") from None
-    return drawn
-
-
-# The classifier
-
-class Residual(nn.Module):
-    def __init__(self, ch):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(ch, ch, 3, padding=1, bias=False), nn.BatchNorm2d(ch), nn.ReLU(),
-                                  nn.Conv2d(ch, ch, 3, padding=1, bias=False), nn.BatchNorm2d(ch))
-
-    def forward(self, x):
-        return F.relu(x + self.body(x))
-
-
-def conv(c_in, c_out, stride=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
-
-
-class Classifier(nn.Module):
-    """Logits of VALUES from uint8 pictures (b, 3, size, size); the 256 features before them describe a picture."""
-
-    def __init__(self, size=64, ch=32):
-        super().__init__()
-        n_halvings = max(1, round(math.log2(size / 16)))                # from size / 2 down to 8 x 8
-        self.body = nn.Sequential(
-            nn.PixelUnshuffle(2), conv(12, ch), *(conv(ch, ch, stride=2) for _ in range(n_halvings - 1)),
-            conv(ch, 2 * ch, stride=2), Residual(2 * ch), Residual(2 * ch),
-            conv(2 * ch, 4 * ch, stride=2), Residual(4 * ch))
-        self.where = nn.Conv2d(4 * ch, ch, 1)
-        self.features = nn.Sequential(nn.Linear(24 * ch, 256), nn.BatchNorm1d(256), nn.ReLU())
-        self.out = nn.Linear(256, len(VALUES))
-
-    def embed(self, img):
-        x = (img.float() - 128) / 64
-        x = self.body(x.contiguous(memory_format=torch.channels_last))
-        flat = F.adaptive_avg_pool2d(self.where(x), 4).flatten(1)       # what is where
-        return self.features(torch.cat([flat, x.mean((2, 3)), x.amax((2, 3))], dim=1))
-
-    def forward(self, img):
-        return self.out(self.embed(img))
-
-
-def augment(images, generator):
-    """Small changes that keep every label true: light, a pixel's shift, and blur and noise as of generated pictures."""
-    b = len(images)
-    x = data.augment(images, generator, amount=0.1).float()
-    dx, dy = torch.randint(-1, 2, (2,), generator=generator).tolist()
-    x = torch.roll(x, (dx, dy), dims=(2, 3))
-    blur, noise = torch.rand(2, b, 1, 1, 1, generator=generator)
-    x = torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False), 0.7 * blur)
-    return x + 6 * noise * torch.randn(x.shape, generator=generator)
-
-
-def loss_fn(logits, labels):
-    """Cross-entropy over each "one", binary cross-entropy over each "set"; what is unknown does not count."""
-    loss = 0
-    for attribute, (kind, _) in ATTRIBUTES.items():
-        y, target = logits[:, SLICE[attribute]], labels[:, SLICE[attribute]]
-        known = target[:, 0] != UNKNOWN
-        if known.any():
-            y, target = y[known], target[known].float()
-            loss = loss + (F.cross_entropy(y, target) if kind == "one" else
-                           F.binary_cross_entropy_with_logits(y, target, reduction="none").sum(1).mean())
-    return loss
-
-
-def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, device="cpu"):
-    """A Classifier of uint8 images (n, 3, size, size) with labels (n, len(VALUES)): AdamW, one cycle of the rate."""
-    speaking = (labels != UNKNOWN).any(1)
-    images, labels = images[speaking], labels[speaking]
-    if len(images) < 2:
-        raise BadInput(f"{len(images)} pictures to train a classifier on, expected at least 2 whose prompts speak of "
-                       f"{', '.join(ATTRIBUTES)}")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(images.shape[-1])
-    net = net.to(device, memory_format=torch.channels_last).train()
-    opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.15)
-    order = torch.empty(0, dtype=torch.long)
-    bar = trange(steps, desc="classifier", delay=2, leave=False)
-    for step in bar:
-        if len(order) < min(batch_size, len(images)):
-            order = torch.randperm(len(images), generator=generator)
-        batch, order = order[:batch_size], order[batch_size:]
-        loss = loss_fn(net(augment(images[batch], generator).to(device)), labels[batch].to(device))
-        loss.backward()
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return net.eval()
-
-
-@torch.inference_mode()
-def predict(net, images, batch_size=128):
-    """(n, len(VALUES)) bool: the most likely value of each "one", the likelier than not of each "set"."""
-    device = net.out.weight.device
-    logits = torch.cat([net(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
-    shown = logits > 0
-    for attribute, (kind, _) in ATTRIBUTES.items():
-        if kind == "one":
-            y = logits[:, SLICE[attribute]]
-            shown[:, SLICE[attribute]] = F.one_hot(y.argmax(1), y.shape[1]).bool()
-    return shown
-
-
-def classifier_of(folder, records, images, labels, args):
-    """The classifier of these pictures: out of its file if it was trained on just these, else trained."""
-    file = args.classifier or beside(folder, args.size)
-    drawings = Path(folder) / "attributes.jsonl"
-    drawn = weights.file_hash(drawings) if drawings.is_file() else ""
-    made_of = {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES],
-               "key": weights.text_hash(data.fingerprint(records), drawn, args.size, args.steps, args.seed)}
-    if Path(file).is_file():
-        metadata = weights.load_metadata(file)
-        if metadata.get("kind") != "judge":
-            raise BadInput(f"{file}: expected a classifier that judges.py wrote, got kind {metadata.get('kind')!r}")
-        if metadata == made_of:
-            net = weights.load_state(Classifier(args.size), weights.load_safetensors(file)[0], file)
-            print(f"classifier: read from {file}")
-            return net.to(args.device, memory_format=torch.channels_last).eval()
-    began = time.perf_counter()
-    net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
-    weights.save_safetensors(file, net.state_dict(), made_of)
-    print(f"classifier: {args.steps} steps on {len(images)} pictures of {folder}, "
-          f"{time.perf_counter() - began:.0f} s; in {file}")
-    return net
-
-
-def beside(folder, size):
-    """Where the classifier of a folder is kept: a file beside it."""
-    folder = Path(folder).resolve()
-    return folder.with_name(f"{folder.name}.judge-{size}.safetensors")
 
 
 # Counting
@@ -431,7 +200,7 @@ def faithfulness(args):
     if rare:
         print(f"not judged, fewer than {MIN_EXAMPLES} real pictures show it: {', '.join(rare)}")
     if args.json:
-        weights.write_json(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
+        write_json(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
 
 
 def evaluation_prompts(colors):
@@ -446,7 +215,7 @@ def evaluation_prompts(colors):
 
 def write_prompts(args):
     lines = [p for p in evaluation_prompts(args.colors) for _ in range(args.per_value)]
-    with weights.replacing(args.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+    with replacing(args.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         csv.writer(f, lineterminator="\n").writerows([["Prompt"], *([p] for p in lines)])
     print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
 
@@ -478,7 +247,7 @@ def usefulness(args):
           "tested on held-out real ones. real-test, GAN-test: trained on all real pictures and all that is known of them,\n"
           "tested on held-out real and on generated ones.")
     if args.json:
-        weights.write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
+        write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
                                        "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
                                        "steps": args.steps, "seed": args.seed, "attributes": rows})
 
@@ -558,7 +327,7 @@ def memorisation(args):
     draw_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
     print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
     if args.json:
-        weights.write_json(args.json, {"train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
+        write_json(args.json, {"train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
                                        "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
                                        "near": float(near), "near_ratio": float(near_for_its_place), "verdict": verdict,
                                        "flagged": verdict.startswith("COPIES"), "rows": rows, "pairs": pairs})
@@ -577,7 +346,7 @@ def thumbnails_or_inception(args):
     """
     if not args.weights:
         return "colour thumbnails of 16 x 16 at one brightness and contrast", thumbnails
-    net = metrics.Inception(None if args.weights == "published" else args.weights).to(args.device).eval()
+    net = Inception(None if args.weights == "published" else args.weights).to(args.device).eval()
     return f"Inception's 2,048 features, weights {net.source[:12]}", lambda img: net(img)["2048"]
 
 
@@ -616,7 +385,7 @@ def draw_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
         for j, img in enumerate(pair):
             sheet.paste(Image.fromarray(img.permute(1, 2, 0).numpy()).resize((side, side)), (x + j * side, y))
         pen.text((x, y + side + 1), f"{number:.3g}", fill="black")
-    with weights.replacing(path) as tmp:
+    with replacing(path) as tmp:
         sheet.save(tmp)
 
 
@@ -661,7 +430,7 @@ def main(argv=None):
                    metavar="COLOR", help="colours to ask for: those of the phantom")
     args = parser.parse_args(argv)
     if "device" in args:
-        args.device = weights.best_device(args.device)
+        args.device = best_device(args.device)
         if args.size % 16 or args.size < 32:
             raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:

@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from weights import BadInput, load_safetensors, read_json, rename, save_safetensors, write_json
+from command import BadInput
+from files import load_safetensors, read_json, save_safetensors, write_json
+from weights import rename
 
 
 @dataclass
@@ -195,11 +197,8 @@ def remove(model):
 # Flags of the training scripts
 
 
-FLAGS = ("rank", "alpha", "rslora", "dora", "lora_dropout", "targets")
-
-
-def add_flags(parser, flag="--rank", rank=128):
-    parser.add_argument(flag, dest="rank", metavar="RANK", type=int, default=rank, help="rank of the adapter")
+def add_flags(parser, rank):
+    parser.add_argument("--rank", type=int, default=rank, help="rank of the adapter")
     parser.add_argument("--alpha", type=float, help="strength: the change is alpha / rank B A; the rank without it")
     parser.add_argument("--rslora", action=argparse.BooleanOptionalAction, default=False, help="alpha / sqrt(rank) instead")
     parser.add_argument("--dora", action=argparse.BooleanOptionalAction, default=False, help="learn a norm per output too")

@@ -35,7 +35,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import prompts
-from data import BadInput, replacing, run_command
+from command import BadInput, run_command
+from files import replacing
 
 RADIUS = dict(zip(prompts.SIZES, (0.071, 0.103, 0.146, 0.203), strict=True))
 COLORS = {"pink": (0.98, 0.60, 0.80), "red": (0.66, 0.05, 0.12), "white": (0.97, 0.95, 0.88),

@@ -1,14 +1,14 @@
-"""What the training scripts share: ranks and device, seeds, learning rate, EMA, the run folder, resume.
+"""What the training scripts share: processes and device, seeds, EMA, the optimiser step, the run folder, resume.
 
-All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is its
-weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU, as one
-that was never killed. A run that is asked to stop, by Ctrl-C or --minutes, also validates where it stops.
-EMA   arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
-Muon  arXiv:2502.16982  Sec. 2.1 Newton-Schulz orthogonalisation (Jordan et al. 2024), Sec. 2.2 the scale of the update
+All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is
+its weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU,
+as one that was never killed. A run that is asked to stop, by Ctrl-C or --minutes, also validates where it stops.
+EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
 import argparse
 import atexit
+import contextlib
 import hashlib
 import json
 import math
@@ -24,72 +24,75 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 import data
-from weights import BadInput, best_device, read_json, replacing, save_safetensors, write_json
+from command import BadInput, at_least_one, best_device
+from files import read_json, replacing, save_safetensors, write_json
 
-# Ranks
+# Processes
 
 
 @dataclass
-class Ranks:
+class Distributed:
     """One process a GPU, started by torchrun; a plain start is rank 0 of 1."""
 
     rank: int
-    world: int
+    size: int
     device: torch.device
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
     def average_gradients(self, params):
         """The mean over the ranks, in one collective."""
-        if self.world == 1:
+        if self.size == 1:
             return
         params = list(params)
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
-        flat /= self.world
+        flat /= self.size
         for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = g.copy_(part.view_as(p))  # into g, which lies in memory as p does: fused optimisers count on it
 
     def mean(self, value: float):
         """The mean of a number over the ranks: every rank calls it, every rank gets it."""
-        if self.world == 1:
+        if self.size == 1:
             return value
         x = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(x)
-        return x.item() / self.world
+        return x.item() / self.size
 
     def batch(self, n, batch_size, step, seed):
         """This rank's (batch_size,) indices below n of a step: the ranks share one batch_indices."""
-        return batch_indices(n, batch_size * self.world, step, seed)[self.rank * batch_size:(self.rank + 1) * batch_size]
+        return batch_indices(n, batch_size * self.size, step, seed)[self.rank * batch_size:(self.rank + 1) * batch_size]
 
-    def wait(self):
-        if self.world > 1:
+    def barrier(self):
+        if self.size > 1:
             dist.barrier()
 
 
-def start_ranks(device="auto"):
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+def start(device="auto"):
+    """The Distributed of this process. All ranks build equal weights from one seed, so nothing is broadcast."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = best_device(device)
-    if world > 1:
+    if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)  # a rank that ends with the group still open may abort the others
-    return Ranks(rank, world, device)
+    return Distributed(rank, size, device)
 
 
 def autocast(device):
     """bf16 where the GPU has it, float32 elsewhere.
 
-    Nothing is cached: a weight cast in the pass without gradient that self-conditioning makes would be used in the next one.
+    Nothing is cached: a weight cast in the pass without gradient that self-conditioning makes would be used in the next.
     """
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
@@ -120,100 +123,82 @@ def batch_indices(n, batch_size, step, seed):
     return torch.from_numpy(out)
 
 
-def rate(step, warmup, steps=None):
-    """Share of the learning rate: linear warm-up, then 1; with steps, half a cosine down to 0 there (SGDR, arXiv:1608.03983)."""
-    share = min(1.0, (step + 1) / max(1, warmup))
-    return share if steps is None else share * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+# One step
 
 
-def orthogonalise(x):
-    """Matrices (n, rows, columns) with every singular value moved to about 1: five Newton-Schulz steps (Muon, Sec. 2.1).
+class Batch:
+    """Everything that a step draws, by name: tensors or lists of one length, or None. Drawn whole, then cut into parts."""
 
-    A step is x <- q x with q = 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2. All q and x x^T commute, so the steps are
-    taken on the small square matrices alone and the rectangular ones are multiplied once.
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+    def __len__(self):
+        return next(len(v) for v in vars(self).values() if v is not None)
+
+    def __getitem__(self, part):
+        return Batch(**{k: None if v is None else v[part] for k, v in vars(self).items()})
+
+    def chunk(self, n):
+        """At most n parts of equal length, the last one perhaps shorter."""
+        return [self[part] for part in data.batches(len(self), math.ceil(len(self) / n))]
+
+
+def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor):
+    """One step of the optimiser on the mean of loss_fn(part) over a batch that passes in `accumulate` parts.
+
+    Gradients are averaged over the ranks and clipped to norm 1; the learning rates count `factor` times. Returns the loss
+    of the batch (a tensor, without gradient) and the norm before clipping.
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalise(x.mT).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    gram, product, eye = x @ x.mT, None, torch.eye(x.shape[1], device=x.device)
-    for step in range(5):
-        q = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        product = q if product is None else q @ product
-        if step < 4:
-            gram = q @ (q @ gram)
-    return product @ x
+    total = 0.0
+    for part in batch.chunk(accumulate):
+        loss = loss_fn(part) * len(part) / len(batch)
+        loss.backward()
+        total = total + loss.detach()
+    world.average_gradients(params.values())
+    norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+    opt.step(factor)
+    if ema is not None:
+        ema.update()
+    return total, norm
 
 
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: no direction of a weight matrix learns faster than another.
-
-    For weights of two or more dimensions, convolutions as (out, in * h * w). The update has a root mean square of about
-    0.2 lr, as AdamW's (Sec. 2.2), so that learning rates are alike. Weights of one shape go through in one batch.
-    """
-
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            momentum, by_shape = group["momentum"], {}
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - momentum)
-                matrix = p.grad.lerp(state["momentum"], momentum).flatten(1)
-                by_shape.setdefault(matrix.shape, []).append((p, matrix))
-            for shape, items in by_shape.items():
-                updates = orthogonalise(torch.stack([matrix for _, matrix in items]))
-                for (p, _), update in zip(items, updates, strict=True):
-                    p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+def fixed_noise(n, shape, T):
+    """(t (n,), eps (n, *shape)) that every validation takes: times over all of [0, T), so that two steps compare."""
+    g = torch.Generator().manual_seed(0)
+    t = (torch.arange(n) * T // n)[torch.randperm(n, generator=g)]
+    return t, torch.randn(n, *shape, generator=g)
 
 
-class Optimisers:
-    """AdamW for named parameters; with muon_lr, Muon for the weights of two or more dimensions among them.
-
-    ends: prefixes of the names that stay with AdamW all the same: a network's first and last layer, and embeddings.
-    """
-
-    def __init__(self, params: dict, lr, muon_lr=None, ends=()):
-        inner = [k for k, p in params.items() if muon_lr and p.ndim > 1 and not k.startswith(tuple(ends))]
-        outer = [k for k in params if k not in set(inner)]
-        self.parts = [torch.optim.AdamW([params[k] for k in outer], lr=lr, weight_decay=0.0, fused=True)]
-        if inner:
-            self.parts.append(Muon([params[k] for k in inner], lr=muon_lr))
-
-    def step(self, rate):
-        """One step at `rate` times the learning rates; the gradients are gone afterwards."""
-        for opt in self.parts:
-            for group in opt.param_groups:
-                group["lr"] = rate * opt.defaults["lr"]
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-
-    def state_dict(self):
-        return [opt.state_dict() for opt in self.parts]
-
-    def load_state_dict(self, states):
-        for opt, state in zip(self.parts, states, strict=True):
-            opt.load_state_dict(state)
+@torch.no_grad()
+def validate(loss_fn, held_out, batch_size):
+    """The mean of loss_fn over a held-out batch."""
+    parts = [held_out[part] for part in data.batches(len(held_out), batch_size)]
+    return sum(loss_fn(part).item() * len(part) for part in parts) / len(held_out)
 
 
 class EMA:
-    """Exponential moving average of named parameters: avg <- decay avg + (1 - decay) value."""
+    """Exponential moving average of named parameters: average <- decay average + (1 - decay) value."""
 
     def __init__(self, params: dict, decay):
-        self.decay, self.params = decay, params
+        self.decay, self.params, self.step = decay, params, 0
         self.average = {k: p.detach().clone() for k, p in params.items()}
 
     @torch.no_grad()
-    def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self):
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)
+        self.step += 1
 
-    def swap(self):
-        """Exchange the average and the live weights; a second call undoes it."""
+    @contextlib.contextmanager
+    def applied(self):
+        """`with ema.applied():` the network holds the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self):
         for k, p in self.params.items():
             p.data, self.average[k] = self.average[k], p.data
 
@@ -222,13 +207,17 @@ class EMA:
 
 
 class Run:
-    """runs/NAME/ with config.json, metrics.jsonl, samples/, last.safetensors, best.safetensors and state.pt (DESIGN.md 5)."""
+    """runs/NAME/ with config.json, metrics.jsonl, samples/, last and best checkpoints, and state.pt, from which it goes on.
 
-    # Settings that may differ on a resume; what is read goes by its fingerprint, not by its path.
-    FREE = ("data", "captions", "vae", "steps", "minutes", "device", "log_every", "save_every", "shown", "sample_steps")
+    settings are what must not change between two starts; those named in FREE may: what is read goes by its hash, not by
+    its path.
+    """
 
-    def __init__(self, folder, settings: dict, fingerprint: str, ranks):
-        self.folder, self.ranks = Path(folder), ranks
+    FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "text_device", "steps", "epochs", "minutes",
+            "device", "log_every", "save_every", "shown", "sample_steps")
+
+    def __init__(self, folder, settings: dict, fingerprint: str, world):
+        self.folder, self.world, self.best = Path(folder), world, math.inf
         self.state_file = self.folder / "state.pt"
         settings = json.loads(json.dumps(settings, default=str))
         self.config = {"settings": settings, "data": fingerprint, "versions": versions(), "commit": git_commit()}
@@ -240,53 +229,68 @@ class Run:
             for key in sorted(settings.keys() | old["settings"].keys()):
                 was, now = old["settings"].get(key), settings.get(key)
                 if was != now and key not in self.FREE:
-                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, now {key}={now!r}; give another --out")
+                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, now {key}={now!r}; "
+                                   "give another --out")
             if old["data"] != fingerprint:
                 raise BadInput(f"{self.folder}: this run was started on other data ({old['data']}, now {fingerprint})")
-        if ranks.first:
+        if world.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            for half in self.folder.glob(".*.*.*"):  # files that a kill cut short (weights.replacing)
+            for half in self.folder.glob(".*.*.*"):  # files that a kill cut short (files.replacing)
                 half.unlink()
             write_json(config_file, self.config)
-        ranks.wait()
+        world.barrier()
 
-    def resume(self):
-        """The saved state, or None; lines of metrics.jsonl after its step are dropped, for they will be written again."""
+    def restore(self, weights, opt, ema=None):
+        """The step of the saved state, whose weights, averages and optimiser are put back; 0 for a new run.
+
+        weights: tensors by name, filled in place. Lines of metrics.jsonl after that step are dropped, for they will be
+        written again.
+        """
         state = None
         if self.state_file.exists():
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        if self.ranks.first:
-            self._cut_log(0 if state is None else state["step"])
-        return state
+        step = 0 if state is None else state["step"]
+        if self.world.is_main:
+            self._cut_log(step)
+        if state is not None:
+            self.best = state["best"]
+            for k, tensor in weights.items():
+                tensor.data.copy_(state["weights"][k])
+            for k in ema.average if ema else ():
+                ema.average[k].copy_(state["ema"][k])
+            opt.load_state_dict(state["optimiser"])
+        if ema:
+            ema.step = step
+        return step
 
-    def restore(self, params, ema, opt):
-        """(step, best validation loss) of the saved state, whose weights, averages and optimiser are put back; else (0, inf)."""
-        state = self.resume()
-        if state is None:
-            return 0, math.inf
-        for k, p in params.items():
-            p.data.copy_(state["weights"][k])
-            ema.average[k].copy_(state["ema"][k])
-        opt.load_state_dict(state["optimiser"])
-        return state["step"], state["best"]
-
-    def save_progress(self, step, best, params, ema, opt):
+    def save_progress(self, step, weights, opt, ema=None):
         """What restore puts back."""
-        self.save_state({"step": step, "best": best, "optimiser": opt.state_dict(), "ema": ema.average,
-                         "weights": {k: p.detach() for k, p in params.items()}})
+        if not self.world.is_main:
+            return
+        state = {"step": step, "best": self.best, "optimiser": opt.state_dict(), "ema": ema and ema.average,
+                 "weights": {k: tensor.detach() for k, tensor in weights.items()}}
+        with replacing(self.state_file) as tmp:
+            torch.save(state, tmp)
 
-    def save_state(self, state: dict):
-        if self.ranks.first:
-            with replacing(self.state_file) as tmp:
-                torch.save(state, tmp)
+    def keep(self, step, val_loss, save, **values):
+        """Log a validation; save("last"), and save("best") when its loss is the least so far. Rank 0 saves."""
+        self.log(step=step, val_loss=val_loss, **values)
+        is_best = val_loss < self.best
+        self.best = min(self.best, val_loss)
+        if self.world.is_main:
+            for name in ["best"] * is_best + ["last"]:
+                save(name)
 
     def save_checkpoint(self, name, tensors, metadata):
-        if self.ranks.first:
-            save_safetensors(self.folder / f"{name}.safetensors", tensors, metadata)
+        save_safetensors(self.folder / f"{name}.safetensors", tensors, metadata)
+
+    def save_samples(self, step, images, columns=None):
+        """samples/STEP.png, a sheet of uint8 images (n, 3, h, w)."""
+        data.write_grid(self.folder / "samples" / f"{step:07d}.png", images, columns)
 
     def log(self, **values):
         """One line of metrics.jsonl; values are numbers."""
-        if self.ranks.first:
+        if self.world.is_main:
             line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
@@ -307,13 +311,13 @@ class Run:
 
 
 class Loop:
-    """`for step in Loop(...)`: a progress bar over the steps left; ends early, between two steps, when the budget of minutes is
-    spent or Ctrl-C or a termination was asked for, of all ranks at once. `step` counts from the resumed one."""
+    """`for step in Loop(...)`: a progress bar over the steps left; ends early, between two steps, when the budget of
+    minutes is spent or Ctrl-C or a termination was asked for, of all ranks at once. `step` counts from the resumed one."""
 
-    def __init__(self, name, start, steps, ranks, minutes=None):
+    def __init__(self, name, start, steps, world, minutes=None):
         self.bar = tqdm(total=steps, initial=min(start, steps), desc=name, unit="step", dynamic_ncols=True,
-                        disable=not ranks.first, mininterval=1.0 if sys.stderr.isatty() else 30.0)
-        self.start, self.steps, self.ranks = start, steps, ranks
+                        disable=not world.is_main, mininterval=1.0 if sys.stderr.isatty() else 30.0)
+        self.start, self.steps, self.world = start, steps, world
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.stopped_by, self.asked, self.ends = None, None, False
 
@@ -337,11 +341,14 @@ class Loop:
         """True in the last step that is made here: time to save. Decided once a step, by all ranks, for all who ask."""
         if step != self.asked:
             stop = self.stopped_by is not None or time.monotonic() > self.deadline
-            self.asked, self.ends = step, self.ranks.mean(float(stop)) > 0 or step + 1 >= self.steps
+            self.asked, self.ends = step, self.world.mean(float(stop)) > 0 or step + 1 >= self.steps
         return self.ends
 
-    def show(self, **values):
-        self.bar.set_postfix(values, refresh=False)
+    def log(self, run, step, loss, **values):
+        """A line of metrics.jsonl and the loss beside the bar."""
+        loss = self.world.mean(loss.item())
+        run.log(step=step, loss=loss, **values)
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def finish(self):
         """After everything is saved: a run stopped by a signal leaves with that signal's status."""
@@ -363,24 +370,42 @@ def git_commit():
         return None
 
 
-def chosen_preset(argv, presets):
-    """The --preset of a command line, by which the defaults of its other flags go."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--preset", choices=sorted(presets), default="tiny")
-    return parser.parse_known_args(argv)[0].preset
+# Flags
 
 
-def add_flags(parser, steps):
-    """The flags that every training script has."""
+def add_flags(parser, presets):
+    """The flags that every training script has. presets: {name: {flag: value}}, the values that flags have when they
+    are not given; see fill_defaults."""
+    def flag(name, text, **settings):
+        values = {preset: settings_of[name] for preset, settings_of in presets.items() if name in settings_of}
+        same = len({str(v) for v in values.values()}) == 1
+        said = next(iter(values.values())) if same else ", ".join(f"{p} {v}" for p, v in values.items())
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{text} ({said})", **settings)
+
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--captions", help="captions file, when it is not the folder's own")
     parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps in all")
+    flag("steps", "optimiser steps in all", type=int)
+    flag("batch_size", "images a step and process", type=int)
+    flag("lr", "learning rate after the warm-up", type=float)
+    flag("warmup", "steps in which the learning rate rises to its value", type=int)
+    flag("cosine", "let the learning rate fall to zero by half a cosine", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network")
     parser.add_argument("--minutes", type=float, help="stop cleanly after this many minutes; the same command goes on")
     parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    return flag
+
+
+def fill_defaults(args, settings: dict):
+    """The values of flags that were not given."""
+    for name, value in settings.items():
+        if name not in args:
+            setattr(args, name, value)
+    at_least_one(args, *(n for n in ("batch_size", "accumulate", "log_every", "save_every", "views", "join", "sample_steps")
+                         if n in args))
 
 
 def read_data(args):
@@ -388,12 +413,5 @@ def read_data(args):
     records = data.read_folder(args.data, args.captions)
     train, val = data.split(records)
     if not val:
-        raise BadInput(f"{args.data}: one picture, expected at least 2: one to learn from, one to check")
+        raise BadInput(f"{args.data}: one image, expected at least 2: one to learn from, one to check")
     return train, val, data.fingerprint(records)
-
-
-def check_flags(args, *names):
-    """Counts of the command line that must be 1 or more, by attribute; log_every and save_every always."""
-    for name in (*names, "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more")

@@ -29,7 +29,7 @@ class UNetConfig:
     dropout: float = 0.1
     self_conditioning: bool = True
     text_residual: bool = False  # the text's second layer is a residual one, so that no word falls silent
-    coordinates: bool = False  # the input and the queries of the cross-attention are told where a pixel lies
+    coord_conv: bool = False  # the input and the queries of the cross-attention are told where a pixel lies
 
     def __post_init__(self):
         self.channels = tuple(self.channels)
@@ -43,7 +43,7 @@ class UNetConfig:
 PRESETS = {
     "paper": UNetConfig(),
     "tiny": UNetConfig(in_channels=4, channels=(64, 64, 96, 128), time_dim=128, text_dim=128, n_heads=4, dropout=0.0,
-                       self_conditioning=False, text_residual=True, coordinates=True),
+                       self_conditioning=False, text_residual=True, coord_conv=True),
 }
 
 
@@ -54,19 +54,19 @@ def zero_init(module):
     return module
 
 
-def unit_variance(linear):
+def init_unit_variance_(linear):
     """Weights that keep the size of what passes: torch's default shrinks it to 0.58, and four layers deep the words are lost."""
     nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     return linear
 
 
-def sinusoidal(t, dim, last=1):
+def timestep_embedding(t, dim, freq_shift=1):
     """Transformer position encoding of the time: t (b,) -> (b, dim), sines then cosines, periods from 2 pi to 10000 * 2 pi.
 
-    last=0 stops one frequency short of the longest period, as some published networks do.
+    freq_shift=0 stops one frequency short of the longest period, as some published networks do.
     """
     half = dim // 2
-    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - last))
+    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
     angle = t.float()[:, None] * freq
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -83,7 +83,7 @@ def attention(q, k, v, n_heads, mask=None):
     return rearrange(y, "b heads n d -> b n (heads d)")
 
 
-def coordinates(x):
+def coordinate_channels(x):
     """Where each pixel of x (b, c, h, w) lies: (b, 4, h, w), its x and y from -1 to 1, then the cosines of pi x and pi y."""
     rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:])
     xy = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
@@ -134,7 +134,7 @@ class AdaGroupNorm(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 
-class CrossAttention(nn.Module):
+class Attention(nn.Module):
     """Queries (b, m, q_dim) look at keys and values made of (b, n, kv_dim); separate q, k, v: LoRA finds them by name."""
 
     def __init__(self, q_dim, kv_dim, n_heads, dropout=0.0, out_dim=None, bias=False):
@@ -151,18 +151,18 @@ class CrossAttention(nn.Module):
         return self.to_out[1](self.to_out[0](y))
 
 
-class TextBlock(nn.Module):
+class AttentionBlock(nn.Module):
     """The pixels look at the words, then each pixel thinks: x + attention(norm(x), text), x + feed_forward(norm(x)).
 
-    Without a text they look at each other. With coordinates a pixel knows where it lies when it asks the words: "upper-left"
+    Without a text they look at each other. With coord_conv a pixel knows where it lies when it asks the words: "upper-left"
     is then a linear matter.
     """
 
-    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32, coordinates=False):
+    def __init__(self, ch, emb_dim, text_dim, n_heads, dropout=0.0, groups=32, coord_conv=False):
         super().__init__()
-        self.coordinates = coordinates
+        self.coord_conv = coord_conv
         self.norm_1 = AdaGroupNorm(ch, emb_dim, groups)
-        self.attention = CrossAttention(ch + 4 * coordinates, text_dim, n_heads, dropout, out_dim=ch)
+        self.attention = Attention(ch + 4 * coord_conv, text_dim, n_heads, dropout, out_dim=ch)
         self.norm_2 = AdaGroupNorm(ch, emb_dim, groups)
         self.feed_forward = nn.Sequential(nn.Conv2d(ch, 4 * ch, 1, bias=False), nn.SiLU(),
                                           nn.Conv2d(4 * ch, ch, 1, bias=False))
@@ -172,8 +172,8 @@ class TextBlock(nn.Module):
     def forward(self, x, emb, text=None, text_mask=None):
         h, w = x.shape[-2:]
         y = self.norm_1(x, emb)
-        if self.coordinates:
-            y = torch.cat([y, 4 * coordinates(y)], dim=1)  # loud enough among dozens of channels
+        if self.coord_conv:
+            y = torch.cat([y, 4 * coordinate_channels(y)], dim=1)  # loud enough among dozens of channels
         y = rearrange(y, "b c h w -> b (h w) c")
         y = self.attention(y, y if text is None else text, text_mask)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
@@ -186,10 +186,10 @@ class Stage(nn.Module):
     def __init__(self, in_ch, out_ch, config):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
-        self.text = TextBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
-                              coordinates=config.coordinates)
+        self.text = AttentionBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
+                              coord_conv=config.coord_conv)
         for layer in (self.text.attention.to_q, self.text.attention.to_k, self.text.attention.to_v):
-            unit_variance(layer)  # a pixel hears some words from the start, and not the mean of all
+            init_unit_variance_(layer)  # a pixel hears some words from the start, and not the mean of all
 
     def forward(self, x, emb, text, text_mask):
         return self.text(self.res(x, emb), emb, text, text_mask)
@@ -209,10 +209,10 @@ class UNet(nn.Module):
         dim = config.time_dim
         self.time_mlp = nn.Sequential(nn.Linear(dim // 4, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.text_mlp = nn.Sequential(nn.Linear(config.text_dim, dim, bias=False), nn.SiLU(), nn.Linear(dim, dim, bias=False))
-        self.text_pool = CrossAttention(dim, dim, n_heads=dim // 64)
+        self.text_pool = Attention(dim, dim, n_heads=dim // 64)
         for layer in (*self.text_mlp[::2], self.text_pool.to_v, self.text_pool.to_out[0]):
-            unit_variance(layer)
-        self.conv_in = nn.Conv2d(config.in_channels * (1 + config.self_conditioning) + 4 * config.coordinates, first, 3, padding=1)
+            init_unit_variance_(layer)
+        self.conv_in = nn.Conv2d(config.in_channels * (1 + config.self_conditioning) + 4 * config.coord_conv, first, 3, padding=1)
 
         self.down, skips, ch = nn.ModuleList(), [first], first  # skips: widths that the way up takes back, last first
         for i, width in enumerate(widths):
@@ -242,13 +242,13 @@ class UNet(nn.Module):
             x_t = torch.cat([x_t, torch.zeros_like(x_t) if self_cond is None else self_cond], dim=1)
         elif self_cond is not None:
             raise ValueError("self_cond was given to a U-Net built with self_conditioning=False")
-        if self.config.coordinates:
-            x_t = torch.cat([x_t, coordinates(x_t)], dim=1)
+        if self.config.coord_conv:
+            x_t = torch.cat([x_t, coordinate_channels(x_t)], dim=1)
         text_mask = None if text_mask is None else text_mask.bool()
         text = self.text_mlp[0](text)  # (b, n, time_dim)
         text = self.text_mlp[2](self.text_mlp[1](text)) + (text if self.config.text_residual else 0)
         pooled = self.text_pool(text.mean(dim=1, keepdim=True), text, text_mask)[:, 0]  # the mean counts pad positions
-        emb = self.time_mlp(sinusoidal(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
+        emb = self.time_mlp(timestep_embedding(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
         if text_mask is not None and text_mask.device.type == "cpu":  # on a GPU the length would have to be waited for
             used = text_mask.any(dim=0)  # pads of the whole batch are nothing to the cross-attention from here on
             text, text_mask = text[:, used], text_mask[:, used]
@@ -265,46 +265,3 @@ class UNet(nn.Module):
             else:
                 x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv_out(x)
-
-
-# The same network in the names of the paper's released code: rename rules (weights.rename), published name first
-
-RELEASED_RES_NAMES = (
-    ("local_embedder.1", "emb"),
-    ("block_seq.0.basic_block", "unit_1"),
-    ("block_seq.1.basic_block", "unit_2"),
-    ("block_seq.0.conv_res", "unit_1.skip"),
-)
-
-
-def released_names(config):
-    """The rules of a U-Net of this config; the released way up is counted from the largest picture, three blocks a level."""
-    levels = len(config.channels) - 1
-    way_up = []
-    for k in range(3 * levels):
-        level, before = k // 3, 2 - k % 3  # the blocks of a level that come before this one
-        mine = 4 * (levels - 1 - level) + before
-        way_up += [(f"out_blocks.{k}.0", f"up.{mine}.res"), (f"out_blocks.{k}.1", f"up.{mine}.text")]
-        if level > 0 and before == 2:
-            way_up.append((f"out_blocks.{k}.2.up_op", f"up.{mine + 1}"))
-    return (
-        ("time_embedder.time_emb.1", "time_mlp.0"),
-        ("time_embedder.time_emb.3", "time_mlp.2"),
-        ("cond_projection_linear", "text_mlp.0"),
-        ("cond_projection_linear2", "text_mlp.2"),
-        ("cond_pooling.attention", "text_pool"),
-        ("in_conv.conv", "conv_in"),
-        ("outc.conv.conv", "conv_out"),
-        ("in_blocks.#.down_op", "down.#"),
-        ("in_blocks.#.0", "down.#.res"),
-        ("in_blocks.#.1", "down.#.text"),
-        ("middle_block.0", "mid_1.res"),
-        ("middle_block.1", "mid_1.text"),
-        ("middle_block.2", "mid_2"),
-        *way_up,
-        *RELEASED_RES_NAMES,
-        ("attention.in_norm.context_mlp.1", "norm_1.to_scale_shift"),
-        ("attention.out_norm.context_mlp.1", "norm_2.to_scale_shift"),
-        ("attention.feed_forward", "feed_forward"),
-        ("attention.attention", "attention"),
-    )

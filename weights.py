@@ -1,122 +1,54 @@
-"""Checkpoint files in and out: atomic, safetensors only, never a pickle.
+"""Checkpoints published elsewhere, read into our own modules and written back under their own names.
 
-A file is written beside its place and renamed over it, so a reader never sees half of it. Metadata is a dict of JSON values.
-safetensors itself stores strings, in an order that changes from call to call, so the dict is one string, under the key "json":
-the same tensors and metadata give the same bytes.
+A network with published checkpoints carries a table of rename rules, `published_names`; a load is strict: every tensor
+has one place, every parameter is set, or an error lists what does not fit.
 """
 
-import contextlib
-import errno
 import functools
-import hashlib
-import json
-import os
-import pickle
 import re
-import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from command import BadInput
+from files import load_safetensors, read_json
+
+DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kandinsky have in common
+    ("down_blocks.#", "down.#"),
+    ("up_blocks.#", "up.#"),
+    ("mid_block", "mid"),
+    ("resnets.#", "res.#"),
+    ("attentions.#", "attn.#"),
+    ("norm1", "norm_1"),
+    ("norm2", "norm_2"),
+    ("conv1", "conv_1"),
+    ("conv2", "conv_2"),
+    ("conv_shortcut", "skip"),
+    ("attn.#.group_norm", "attn.#.norm"),
+    ("conv_norm_out", "norm_out"),
+)
 
 
-class BadInput(ValueError):
-    """Something the user gave cannot be used. The message is one line: which file, row or key, what was expected, what came."""
+def rename(name, rules, back=False):
+    """The published name of a tensor or module as ours; with back, ours as published.
+
+    A rule is (published, ours), each a run of whole dotted parts in which # stands for one number. The rules of a table
+    are applied one after the other, backwards for back. "a|b" reads either name and writes the first.
+    """
+    for published, ours in reversed(rules) if back else rules:
+        old, new = (ours, published.split("|")[0]) if back else (published, ours)
+        name = _pattern(old).sub(functools.partial(_fill, new), name)
+    return name
 
 
-def run_command(main):
-    """Run a script's main(): exit status 2 and one line on bad input, 130 on Ctrl-C."""
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+@functools.cache
+def _pattern(rule):
+    return re.compile(r"(?<![^.])(?:" + re.escape(rule).replace(r"\#", r"(\d+)").replace(r"\|", "|") + r")(?![^.])")
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """`with replacing(path) as tmp:` writes tmp, then renames it to path; on an error path stays as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    with replacing(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def save_safetensors(path, tensors: dict, metadata: dict | None = None):
-    """Tensors and JSON-able metadata into one safetensors file, atomically. Names lose the prefixes of compile and DDP."""
-    tensors = {clean_name(k): v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with replacing(path) as tmp:
-        try:
-            save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
-        except SafetensorError as error:  # a full disk, a folder that may not be written
-            raise OSError(errno.EIO, str(error), str(path)) from None
-
-
-def clean_name(name):
-    """A parameter's own name: without what torch.compile and DistributedDataParallel put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def load_safetensors(path, device="cpu"):
-    """(tensors, metadata) of a file that save_safetensors wrote, or of any other safetensors file (metadata then strings)."""
-    with _open(path, device) as f:
-        metadata = _metadata(f)
-        return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118 - not a dict
-
-
-def load_metadata(path):
-    """The metadata alone, without reading a tensor."""
-    with _open(path, "cpu") as f:
-        return _metadata(f)
-
-
-@contextlib.contextmanager
-def _open(path, device):
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file, expected a .safetensors checkpoint")
-    try:
-        with safe_open(path, "pt", device=str(device)) as f:
-            yield f
-    except SafetensorError as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _metadata(f):
-    metadata = f.metadata() or {}
-    return json.loads(metadata["json"]) if metadata.keys() == {"json"} else metadata
-
-
-def read_state(path):
-    """State dict of a .safetensors file, or of a .pt, .pth or .ckpt that holds tensors and nothing that must be unpickled."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)[0]
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file, expected weights (.safetensors or .pth)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    return state
+def _fill(new, match):
+    numbers = iter(g for g in match.groups() if g is not None)
+    return re.sub("#", lambda _: next(numbers), new)
 
 
 def load_state(module, tensors, source, rules=(), dtype=None):
@@ -145,85 +77,27 @@ def load_state(module, tensors, source, rules=(), dtype=None):
     return module
 
 
-def file_hash(path):
-    """SHA-256 of a file, as 64 hex digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def check_format(path, meta, kind, number, remedy):
+    """Refuse a checkpoint of ours that is of another kind, or of an earlier or later format."""
+    if meta.get("kind") != kind:
+        raise BadInput(f"{path}: expected a checkpoint of {kind}.py, got {meta.get('kind', 'a file without a kind')!r}")
+    if (found := meta.get("format", 1)) != number:
+        raise BadInput(f"{path}: a checkpoint of format {found}, this version reads format {number}; {remedy}")
 
 
-def folder_hash(folder):
-    """text_hash over the names and the hashes of all files below a folder."""
-    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and not f.name.startswith("."))
-    if not files:
-        raise BadInput(f"{folder}: expected a folder with files of a model")
-    return text_hash(*(part for f in files for part in (f.relative_to(folder), file_hash(f))))
-
-
-def text_hash(*texts):
-    """SHA-256 over strings, each ended by a zero byte, as 16 hex digits: the key of a cache."""
-    h = hashlib.sha256()
-    for text in texts:
-        h.update(str(text).encode() + b"\0")
-    return h.hexdigest()[:16]
-
-
-def best_device(name="auto"):
-    """"auto" is CUDA when there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = re.split(r"[.:,(\n]", str(error))[0]
-        raise BadInput(f"--device {name}: not a device of this machine ({reason})") from None
-
-
-# The mapper: checkpoints published elsewhere, read into our own modules
-
-
-def rename(name, rules, back=False):
-    """The published name of a tensor or module as ours; with back, ours as published.
-
-    A rule is (published, ours), each a run of whole dotted parts in which # stands for one number. The rules of a table
-    are applied one after the other, backwards for back. "a|b" reads either name and writes the first.
-    """
-    for published, ours in reversed(rules) if back else rules:
-        old, new = (ours, published.split("|")[0]) if back else (published, ours)
-        name = _pattern(old).sub(functools.partial(_fill, new), name)
-    return name
-
-
-@functools.cache
-def _pattern(rule):
-    return re.compile(r"(?<![^.])(?:" + re.escape(rule).replace(r"\#", r"(\d+)").replace(r"\|", "|") + r")(?![^.])")
-
-
-def _fill(new, match):
-    numbers = iter(g for g in match.groups() if g is not None)
-    return re.sub("#", lambda _: next(numbers), new)
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a JSON file ({error})") from None
-
-
-def supported(config, source, kind, free, fixed):
+def check_config(config, source, kind, defaults, allowed):
     """A published config.json as plain settings, or an error that names every value that the code here does not do.
 
-    free: settings that are read, with the value a file without them means; fixed: settings with the values supported.
+    defaults: settings that are read, with the value a file without them means; allowed: settings with the values that
+    are supported.
     """
     if config.get("_class_name", kind) != kind:
         raise BadInput(f"{source}: expected the config of a {kind}, got {config['_class_name']}")
     wrong = [f"{k}={v!r}" for k, v in config.items()
-             if not k.startswith("_") and k not in free and v not in fixed.get(k, ())]
+             if not k.startswith("_") and k not in defaults and v not in allowed.get(k, ())]
     if wrong:
         raise BadInput(f"{source}: not supported in a {kind}: {', '.join(wrong)}")
-    return free | {k: v for k, v in config.items() if k in free}
+    return defaults | {k: v for k, v in config.items() if k in defaults}
 
 
 def fetch(name):
@@ -232,7 +106,7 @@ def fetch(name):
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise BadInput(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # only here: a folder of this machine needs no hub
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))

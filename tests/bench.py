@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402 - the project's root is not on the path of a script in tests/
 
 import msdm  # noqa: E402
-import training  # noqa: E402
+import optim  # noqa: E402
 from unet import PRESETS, UNet  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
@@ -56,7 +56,7 @@ def unet_rows(b=4):
     rate = matmul_rate()
     with torch.inference_mode():
         forward = b * GFLOP / seconds(lambda: net(x, t, text, mask)) / rate
-    opt = training.Optimisers(dict(net.named_parameters()), 1e-4)
+    opt = optim.Optimizers(dict(net.named_parameters()), 1e-4)
     train = 3 * b * GFLOP / seconds(lambda: step(net, opt, x, t, text, mask), repeats=2) / max(rate, matmul_rate())
     name = f"paper U-Net, batch {b}, share of {rate:.0f} GFLOP/s matmul"
     yield f"{name}: forward", forward, forward >= 0.70
@@ -71,7 +71,7 @@ def cache_rows(b=2):
     vae = VAE(VAEConfig()).eval().requires_grad_(False)
     clip = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
     clip.eval().requires_grad_(False)
-    opt = training.Optimisers(dict(net.named_parameters()), 1e-4)
+    opt = optim.Optimizers(dict(net.named_parameters()), 1e-4)
     img, ids = torch.rand(b, 3, 256, 256) * 2 - 1, torch.randint(1, 49000, (b, 64))
     latents, states = torch.randn(1000, 1, 16, 32, 32).half(), torch.randn(500, 64, 768)
     x, t, text, mask = batch(b)

@@ -61,8 +61,8 @@ def rates(n=8, repeats=3):
     import torch
     from torchvision.models import inception_v3
 
-    import metrics
-    ours, theirs = metrics.Inception("rule"), inception_v3(weights=None, init_weights=False).eval()
+    import inception
+    ours, theirs = inception.Inception("rule"), inception_v3(weights=None, init_weights=False).eval()
     images, pixels = torch.randint(0, 256, (n, 3, 256, 256), dtype=torch.uint8), torch.randn(n, 3, 299, 299)
     best = {"ours": 0.0, "torchvision": 0.0}
     with torch.inference_mode():

@@ -16,7 +16,7 @@ import torch  # noqa: E402 - the project's root is not on the path of a script i
 from tqdm import tqdm  # noqa: E402
 
 import msdm  # noqa: E402
-import sampler  # noqa: E402
+from diffusion import SOLVERS, seeded_noise, timesteps  # noqa: E402
 
 PROMPTS = ("Generate an image with 1 polyp.", "Generate an image with no polyps.", "Generate an image containing text.",
            "Generate an image with 2 instruments.")
@@ -35,8 +35,12 @@ def log_snr_times(alpha_bar, steps):
 @torch.inference_mode()
 def latents(model, solver, times, n, guidance):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(n)]
-    noise = sampler.seeded_noise(range(20_000, 20_000 + n), model.latent_shape())
-    return sampler.SOLVERS[solver](model.denoiser(prompts, guidance), noise(-1), model.diffusion.alpha_bar(), times, noise)
+    draw = seeded_noise(range(20_000, 20_000 + n))
+
+    def noise():
+        return draw(n, *model.latent_shape())
+
+    return SOLVERS[solver](model.denoiser(prompts, guidance), noise(), model.diffusion.alpha_bar(), times, noise)
 
 
 def main():
@@ -49,11 +53,11 @@ def main():
     args = parser.parse_args()
     model = msdm.load(args.ckpt)
     alpha_bar, T = model.diffusion.alpha_bar(), model.diffusion.T
-    exact = latents(model, "dpmpp", sampler.timesteps(T, 500), args.n, args.guidance)
+    exact = latents(model, "dpmpp", timesteps(T, 500), args.n, args.guidance)
     runs = [(solver, spacing, steps) for solver in ("ddim", "dpmpp") for spacing in ("trailing", "log-SNR") for steps in args.steps]
     errors = {}
     for solver, spacing, steps in tqdm(runs, "curves"):
-        times = sampler.timesteps(T, steps) if spacing == "trailing" else log_snr_times(alpha_bar, steps)
+        times = timesteps(T, steps) if spacing == "trailing" else log_snr_times(alpha_bar, steps)
         out = latents(model, solver, times, args.n, args.guidance)
         errors[solver, spacing, steps] = ((out - exact).square().mean().sqrt() / exact.std()).item()
     print("| solver, times | " + " | ".join(map(str, args.steps)) + " |\n|---|" + "---|" * len(args.steps))

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from weights import file_hash  # noqa: E402 - the project's root is not on the path of a script in tests/
+from files import file_hash  # noqa: E402 - the project's root is not on the path of a script in tests/
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STEPS = 14

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weights import load_safetensors
+from files import load_safetensors
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures"

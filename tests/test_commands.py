@@ -11,9 +11,10 @@ from pathlib import Path
 import kill
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from weights import file_hash
+from files import file_hash, load_metadata, load_safetensors, save_safetensors
 
 HERE = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -43,7 +44,7 @@ def msdm_flags(root):
 def test_a_run_folder_holds_what_the_design_says(made):
     run_folder = made / "msdm"
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["settings"]["recipe"]["batch_size"] == 4 and config["versions"]["torch"] and config["data"]
+    assert config["settings"]["batch_size"] == 4 and config["versions"]["torch"] and config["data"]
     steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 12
     assert {p.name for p in (run_folder / "samples").iterdir()} == {"0000004.png", "0000008.png", "0000012.png"}
@@ -71,6 +72,43 @@ def test_killed_msdm_runs_end_with_the_same_files(tmp_path):
     kill.prepare(tmp_path)
     for step in (0, 6, 13):  # before the first state, after one, between the last step and its state
         assert kill.kill_at(tmp_path, f"killed-{step}", step)[0] == []
+
+
+def test_a_whole_u_net_goes_on_from_a_checkpoint_whose_vae_and_text_encoder_stay(made, tmp_path):
+    run("msdm.py", "--data", made / "data", "--init", made / "msdm/best.safetensors", "--steps", 3, "--batch-size", 4,
+        "--lr", 1e-2, "--warmup", 0, "--ema-decay", 0, "--shown", 0, "--out", tmp_path / "on")
+    before, after = (load_safetensors(f)[0] for f in (made / "msdm/best.safetensors", tmp_path / "on/last.safetensors"))
+    assert before.keys() == after.keys()
+    kept = {k for k in before if torch.equal(before[k], after[k])}
+    assert all(k in kept for k in before if not k.startswith("unet."))
+    moved = [k for k in before if k.startswith("unet.") and k not in kept]
+    assert len(moved) > 0.9 * sum(k.startswith("unet.") for k in before)
+    assert load_metadata(tmp_path / "on/last.safetensors")["preset"] == "tiny"
+
+
+@pytest.mark.parametrize("script", ["vae.py", "msdm.py"])
+def test_a_batch_in_parts_is_one_step_of_the_whole(made, tmp_path, script):
+    flags = ["--data", made / "data", "--size", 32, "--steps", 2, "--batch-size", 5, "--warmup", 0]
+    flags += ["--perceptual", "off"] if script == "vae.py" else ["--vae", made / "vae/best.safetensors", "--shown", 0]
+    losses = []
+    for parts in (1, 2):
+        run(script, *flags, "--log-every", 1, "--accumulate", parts, "--out", tmp_path / str(parts))
+        lines = map(json.loads, (tmp_path / str(parts) / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+    one, two = (load_safetensors(tmp_path / str(parts) / "last.safetensors")[0] for parts in (1, 2))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+@pytest.mark.parametrize("path, script, flag", [("msdm/best", "sampler.py", "--ckpt"), ("vae/best", "msdm.py", "--vae")])
+def test_a_checkpoint_of_an_earlier_format_is_refused_with_the_way_out(made, tmp_path, path, script, flag):
+    tensors, meta = load_safetensors(made / f"{path}.safetensors")
+    del meta["format"]
+    save_safetensors(tmp_path / "old.safetensors", tensors, meta)
+    more = ["--prompt", "x"] if script == "sampler.py" else ["--data", made / "data"]
+    said = run(script, flag, tmp_path / "old.safetensors", *more, "--out", tmp_path / "out", expect=2).stderr
+    assert "old.safetensors: a checkpoint of format 1, this version reads format 2; train it anew" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_folder_with_another_setting_is_refused(made):
@@ -130,7 +168,7 @@ def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
 
 
 @pytest.mark.parametrize("script, flags, said", [
-    ("sampler.py", ["--ckpt", "{root}/vae/best.safetensors", "--prompt", "x"], "expected an MSDM checkpoint, got 'vae'"),
+    ("sampler.py", ["--ckpt", "{root}/vae/best.safetensors", "--prompt", "x"], "expected a checkpoint of msdm.py, got 'vae'"),
     ("sampler.py", ["--ckpt", "{root}/absent.safetensors", "--prompt", "x"], "no such file"),
     ("sampler.py", ["--ckpt", "{root}/msdm/best.safetensors"], "give --prompt TEXT or --prompts FILE"),
     ("sampler.py", ["--ckpt", "{root}/msdm/best.safetensors", "--prompt", "x", "--steps", "2000"], "1000 times"),
@@ -144,9 +182,12 @@ def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
     ("vae.py", ["--data", "{root}/data", "--size", "50"], "--size 50: expected a multiple of 4, 32 or more"),
     ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--sample-steps", "1001"], "1000 times"),
     ("msdm.py", ["--data", "{root}/data", "--vae", "{root}/vae/best.safetensors", "--join", "0"], "--join 0: expected 1 or more"),
+    ("msdm.py", ["--data", "{root}/data"], "give either --vae CHECKPOINT or --init CHECKPOINT"),
+    ("msdm.py", ["--data", "{root}/data", "--init", "{root}/msdm/best.safetensors", "--size", "64"], "--size 64: {root}/msdm"),
+    ("msdm.py", ["--data", "{root}/data", "--init", "{root}/msdm/best.safetensors", "--preset", "paper"], "--preset paper: "),
 ])
 def test_bad_input_is_one_line_and_status_2(made, tmp_path, script, flags, said):
     done = run(script, *[f.format(root=made) for f in flags], "--out", tmp_path / "out", expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and said in errors[0] and "Traceback" not in done.stderr
+    assert len(errors) == 1 and said.format(root=made) in errors[0] and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()  # the corrected command finds the name free

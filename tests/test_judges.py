@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+import classifier
 import data
 import judges
 import prompts
-from judges import COLUMN, SLICE, UNKNOWN, VALUES
-from weights import BadInput
+from classifier import COLUMN, SLICE, UNKNOWN, VALUES
+from command import BadInput
+from files import save_safetensors
 
 SIDE = 32
 
@@ -84,7 +86,7 @@ def test_true_pictures_score_as_the_classifier_does(toy, capsys):
 
 def test_the_classifier_is_kept_and_read_again(toy, capsys, monkeypatch):
     faithfulness(toy, toy / "fake")
-    monkeypatch.setattr(judges, "train_classifier", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     first, _ = faithfulness(toy, toy / "fake")
     assert "read from" in capsys.readouterr().out
@@ -111,7 +113,7 @@ def test_prompts_that_ask_for_nothing_are_refused(toy, tmp_path):
 
 def test_a_file_of_another_kind_is_not_a_classifier(toy, tmp_path):
     file = tmp_path / "unet.safetensors"
-    judges.weights.save_safetensors(file, {"w": torch.zeros(1)}, {"kind": "msdm"})
+    save_safetensors(file, {"w": torch.zeros(1)}, {"kind": "msdm"})
     with pytest.raises(BadInput, match="msdm"):
         run("faithfulness", real=toy / "real", fake=toy / "fake", classifier=file)
 
@@ -127,12 +129,12 @@ def test_wilson_of_nothing_is_everything():
 
 
 def known(row, attribute):
-    return dict(zip(judges.ATTRIBUTES[attribute][1], row[SLICE[attribute]], strict=True))
+    return dict(zip(classifier.ATTRIBUTES[attribute][1], row[SLICE[attribute]], strict=True))
 
 
 def test_what_no_prompt_speaks_of_is_unknown():
     said = "Generate an image containing a polyp.", "Generate an image with an an abnormality located in the center."
-    row = judges.truth_row(judges.merge([prompts.parse(p) for p in said]))
+    row = classifier.truth_row(classifier.merge([prompts.parse(p) for p in said]))
     assert known(row, "polyp") == {"no polyps": 0, "a polyp": 1}
     assert known(row, "place") == {c: int(c == "center") for c in prompts.CELLS}
     for attribute in ("count", "size", "box", "text", "instruments", "procedure", "colour"):
@@ -140,16 +142,16 @@ def test_what_no_prompt_speaks_of_is_unknown():
 
 
 def test_no_polyps_have_no_size():
-    row = judges.truth_row({"n_polyps": 0})
+    row = classifier.truth_row({"n_polyps": 0})
     assert known(row, "count")["0"] == 1 and set(known(row, "size").values()) == {0}
     assert set(known(row, "place").values()) == {UNKNOWN}         # another finding may be anywhere
-    assert set(known(judges.truth_row({"n_findings": 0}), "place").values()) == {0}
+    assert set(known(classifier.truth_row({"n_findings": 0}), "place").values()) == {0}
 
 
 def test_a_drawing_tells_everything():
     polyp = {"cells": ["center", "center-left"], "size": "5-10mm", "paris": "ip", "colors": ["red"]}
     line = {"procedure": "gastroscopy", "polyps": [polyp, polyp], "instruments": [], "box": True, "text": False}
-    row = judges.truth_row(judges.from_drawing(line))
+    row = classifier.truth_row(classifier.from_drawing(line))
     assert UNKNOWN not in row
     shown = {pair for pair, y in zip(VALUES, row, strict=True) if y}
     assert shown == {("polyp", "a polyp"), ("count", "2"), ("place", "center"), ("place", "center-left"),
@@ -162,7 +164,7 @@ def test_unknown_labels_do_not_count_in_the_loss():
     labels = torch.full((4, len(VALUES)), UNKNOWN, dtype=torch.int8)
     labels[0, SLICE["box"]] = torch.tensor([0, 1], dtype=torch.int8)
     labels[1, SLICE["place"]] = 0
-    judges.loss_fn(logits, labels).backward()
+    classifier.loss_fn(logits, labels).backward()
     touched = {(i, VALUES[j][0]) for i, j in logits.grad.nonzero().tolist()}
     assert touched == {(0, "box"), (1, "place")}
 
@@ -212,7 +214,7 @@ def test_evaluation_prompts_ask_for_one_value_each(tmp_path):
 
 def test_the_features_and_logits_do_not_depend_on_the_batch():
     torch.manual_seed(0)
-    net = judges.Classifier(SIDE).eval()
+    net = classifier.Classifier(SIDE).eval()
     img = torch.randint(256, (5, 3, SIDE, SIDE), dtype=torch.uint8)
     torch.testing.assert_close(net(img)[:2], net(img[:2]), rtol=1e-4, atol=1e-5)
     assert net.embed(img).shape == (5, 256) and net(img).shape == (5, len(VALUES))
@@ -244,7 +246,7 @@ def test_balanced_accuracy():
 def copies(toy):
     """Altered copies of training pictures, as a folder of generated ones."""
     images, train = data.load_images(data.read_folder(toy / "real")[:60], SIDE)
-    altered = judges.augment(images, torch.Generator().manual_seed(7)).round().clamp(0, 255).byte()
+    altered = classifier.augment(images, torch.Generator().manual_seed(7)).round().clamp(0, 255).byte()
     for img, record in zip(altered, train, strict=True):
         data.write_image(toy / "copies" / "images" / record.name, img.permute(1, 2, 0).numpy())
     write_rows(toy / "copies" / "prompts.csv", [(r.prompts[0], r.name) for r in train])
@@ -289,7 +291,7 @@ def test_inception_features_can_stand_in(toy, copies, monkeypatch):
         def forward(self, img):
             return {"2048": torch.nn.functional.avg_pool2d(img.float(), 4).flatten(1)}
 
-    monkeypatch.setattr(judges.metrics, "Inception", lambda weights: Inception())
+    monkeypatch.setattr(judges, "Inception", lambda weights: Inception())
     found = memorisation(toy, copies, weights="rule")
     assert "rule" in found["features"] and math.isfinite(found["near"])
 

@@ -5,15 +5,19 @@ import pytest
 import torch
 from reference import close, fixture, manifest, recorded
 
+import diffusion
 import kandinsky
 import lora
-import sampler
-import vae
-from kandinsky import Kandinsky3, Kandinsky22, Schedule, denoiser, guided, read_schedule
-from weights import BadInput, load_safetensors, rename, write_json
+from command import BadInput
+from diffusion import guided
+from files import load_safetensors, write_json
+from kandinsky import Kandinsky3, Kandinsky22, Schedule, denoiser_of, in_its_dtype, read_schedule
+from kandinsky_networks import build_decoder, build_prior, build_unet3, load_decoder, load_prior
+from movq import build_movq, load_movq
+from weights import rename
 
-BUILDERS = {"kandinsky-2-2-prior": kandinsky.build_prior, "kandinsky-2-2-unet": kandinsky.build_decoder,
-            "kandinsky-2-2-movq": vae.build_movq, "kandinsky-3-unet": kandinsky.build_unet3, "kandinsky-3-movq": vae.build_movq}
+BUILDERS = {"kandinsky-2-2-prior": build_prior, "kandinsky-2-2-unet": build_decoder,
+            "kandinsky-2-2-movq": build_movq, "kandinsky-3-unet": build_unet3, "kandinsky-3-movq": build_movq}
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +73,11 @@ def test_prior_and_towers_match_the_reference():
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
     folder, r = fixture("kandinsky-2-2-prior"), recorded("kandinsky-2-2-prior-recorded.safetensors")
-    k = Kandinsky22(kandinsky.load_prior(folder / "prior"), None,
-                    kandinsky.load_tower(CLIPTextModelWithProjection, folder / "text_encoder", torch.float32),
-                    kandinsky.load_tower(CLIPTokenizer, folder / "tokenizer"),
-                    kandinsky.load_tower(CLIPVisionModelWithProjection, folder / "image_encoder", torch.float32), None, None, None)
+    towers = CLIPVisionModelWithProjection, folder / "image_encoder", torch.float32
+    k = Kandinsky22(load_prior(folder / "prior"), None,
+                    kandinsky.load_transformer(CLIPTextModelWithProjection, folder / "text_encoder", torch.float32),
+                    kandinsky.load_transformer(CLIPTokenizer, folder / "tokenizer"),
+                    kandinsky.load_transformer(*towers), None, None, None)
     embed, states, mask = k.encode_text([
         "Generate an image with 1 polyp.",
         "Generate an image with an abnormality located in the upper-right, lower-right, and center-right."])
@@ -86,7 +91,7 @@ def test_prior_and_towers_match_the_reference():
 @torch.no_grad()
 def test_decoder_and_its_adapters_match_the_reference():
     r, adapted = recorded("kandinsky-2-2-recorded.safetensors"), recorded("adapters-recorded.safetensors")
-    decoder = kandinsky.load_decoder(fixture("kandinsky-2-2-decoder") / "unet")
+    decoder = load_decoder(fixture("kandinsky-2-2-decoder") / "unet")
     inputs = r["unet.sample"], r["unet.timestep"], r["unet.image_embeds"]
     close(decoder(*inputs), r["unet.out"], 1e-4)
     for name in ("lora", "rslora", "dora"):
@@ -99,7 +104,7 @@ def test_decoder_and_its_adapters_match_the_reference():
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
 def test_a_saved_adapter_is_the_one_that_was_read(name, tmp_path):
-    decoder = kandinsky.load_decoder(fixture("kandinsky-2-2-decoder") / "unet")
+    decoder = load_decoder(fixture("kandinsky-2-2-decoder") / "unet")
     lora.load(decoder, fixture(f"adapter-{name}"))
     lora.save(decoder, tmp_path)
     folders = fixture(f"adapter-{name}"), tmp_path
@@ -113,7 +118,7 @@ def test_a_saved_adapter_is_the_one_that_was_read(name, tmp_path):
 
 @torch.no_grad()
 def test_movq_matches_the_reference():
-    r, movq = recorded("kandinsky-2-2-recorded.safetensors"), vae.load_movq(fixture("kandinsky-2-2-decoder") / "movq")
+    r, movq = recorded("kandinsky-2-2-recorded.safetensors"), load_movq(fixture("kandinsky-2-2-decoder") / "movq")
     close(movq.encode(r["movq.image"]), r["movq.latents"], 1e-4)
     close(movq.decode(r["movq.latents"]), r["movq.decoded_force_not_quantize"], 1e-4)
     close(movq.decode(movq.quantise(r["movq.latents"])), r["movq.decoded"], 1e-4)
@@ -195,11 +200,11 @@ def test_a_text_in_a_longer_batch_counts_its_own_length(k3):
 
 def test_t5_states_are_kept_in_the_cache(k3, tmp_path, monkeypatch):
     k3.texts = {}
-    k3.encode_once(PROMPTS, cache=tmp_path)
+    k3.prepare(PROMPTS, cache=tmp_path)
     first, k3.texts = k3.texts, {}
     assert k3.text_encoder is None
     monkeypatch.setattr(Kandinsky3, "encode_text", None)  # would be an error to call
-    k3.encode_once(PROMPTS[::-1], cache=tmp_path)
+    k3.prepare(PROMPTS[::-1], cache=tmp_path)
     assert first.keys() == k3.texts.keys() == set(PROMPTS)
     assert all(torch.equal(first[p], k3.texts[p]) for p in PROMPTS)
 
@@ -212,9 +217,9 @@ def test_guidance_one_asks_the_network_once():
 
     batches, net, x, t = [], Net(2, 2), torch.randn(3, 2), torch.zeros(3)
     cond, null = torch.ones(3, 2), torch.zeros(3, 2)
-    out, _ = guided(net, (cond,), (null,), 1)(x, t)
+    out, _ = guided(in_its_dtype(net), (cond,), (null,), 1)(x, t)
     close(out, net(x, t, cond), 0)
-    out, _ = guided(net, (cond,), (null,), 3)(x, t)
+    out, _ = guided(in_its_dtype(net), (cond,), (null,), 3)(x, t)
     close(out, net(x, t, null) + 3 * cond, 1e-5)
     assert batches == [3, 3, 6, 3]
 
@@ -227,7 +232,7 @@ def test_a_larger_picture_is_whole_blocks():
 
 
 def schedule(**changes):
-    settings = {"alpha_bar": sampler.schedule("cosine"), "prediction": "eps", "clip": None, "threshold": None,
+    settings = {"alpha_bar": diffusion.schedule("cosine"), "prediction": "eps", "clip": None, "threshold": None,
                 "learned_variance": False, "spacing": "leading", "offset": 0, "unclip": False}
     return Schedule(**settings | changes)
 
@@ -240,15 +245,15 @@ def test_float32_steps_agree_with_the_exact_ones():
         return 0.5 * torch.tanh(x_t), torch.full_like(x_t, 0.3)
 
     times, x_T = s.timesteps(steps), torch.ones(2, 3)
-    exact = sampler.ddpm(denoiser(predict, s, s.alpha_bar, times), x_T, s.alpha_bar, times, lambda i: noise[i])
-    close(kandinsky.reference_ddpm(predict, s, times, x_T, lambda i: noise[i]), exact, 1e-4)
+    exact = diffusion.ddpm(denoiser_of(predict, s, s.alpha_bar, times), x_T, s.alpha_bar, times, iter(noise).__next__)
+    close(kandinsky.reference_ddpm(predict, s, times, x_T, iter(noise).__next__), exact, 1e-4)
 
 
 @pytest.mark.parametrize(("v", "end"), [(-1.0, "small"), (1.0, "beta")])
 def test_learnt_variance_runs_between_its_bounds(v, end):
     s = schedule(learned_variance=True)
     times = torch.tensor([600, 400])
-    _, log_variance = denoiser(lambda x, t: (x, torch.full_like(x, v)), s, s.alpha_bar, times)(torch.zeros(1, 2), 600)
+    _, log_variance = denoiser_of(lambda x, t: (x, torch.full_like(x, v)), s, s.alpha_bar, times)(torch.zeros(1, 2), 600)
     a_t, a_s = s.alpha_bar[600], s.alpha_bar[400]
     beta = 1 - a_t / a_s
     expected = (beta if end == "beta" else beta * (1 - a_s) / (1 - a_t)).log()
@@ -299,13 +304,13 @@ def test_an_unsupported_setting_is_refused(name, change):
 def test_folders_of_the_wrong_model_are_named(tmp_path):
     prior = fixture("kandinsky-2-2-prior")
     with pytest.raises(BadInput, match="expected the config of a UNet2DConditionModel, got PriorTransformer"):
-        kandinsky.load_decoder(prior / "prior")
+        load_decoder(prior / "prior")
     with pytest.raises(BadInput, match="unet/config.json: no such file"):
         Kandinsky22.from_pretrained(prior, prior)
     shutil.copytree(prior / "prior", tmp_path / "prior")
     write_json(tmp_path / "prior/config.json", json.loads((prior / "prior/config.json").read_text()) | {"num_layers": 3})
     with pytest.raises(BadInput, match="not set: transformer_blocks.2.attn1.to_k.bias"):
-        kandinsky.load_prior(tmp_path / "prior")
+        load_prior(tmp_path / "prior")
     with pytest.raises(BadInput, match="CLIPTextModelWithProjection does not load"):
         from transformers import CLIPTextModelWithProjection
-        kandinsky.load_tower(CLIPTextModelWithProjection, tmp_path / "prior", torch.float32)
+        kandinsky.load_transformer(CLIPTextModelWithProjection, tmp_path / "prior", torch.float32)

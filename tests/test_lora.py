@@ -2,14 +2,11 @@ import json
 
 import pytest
 import torch
-from test_msdm import model
 from torch import nn
 
 import lora
-import msdm
-import phantom
-import sampler
-from weights import BadInput, file_hash, folder_hash, load_safetensors, save_safetensors, write_json
+from command import BadInput
+from files import load_safetensors, write_json
 
 VARIANTS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}, {"init": "kaiming"}]
 
@@ -238,81 +235,3 @@ def test_a_second_adapter_is_refused(net):
     lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
     with pytest.raises(BadInput, match="carries an adapter already"):
         lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
-
-
-# An adapter on MSDM: msdm.py --base CHECKPOINT --lora RANK, sampler.py --lora FOLDER
-
-
-@pytest.fixture(scope="module")
-def msdm_run(tmp_path_factory):
-    """A small MSDM, drawn data, and a run that adapts the one to the other."""
-    root = tmp_path_factory.mktemp("msdm")
-    base = model()
-    save_safetensors(root / "base.safetensors", base.tensors(), base.describe())
-    phantom.main(["--out", str(root / "data"), "--n", "20", "--size", "32"])
-    before = file_hash(root / "base.safetensors")
-    msdm.main(msdm_flags(root, root / "run"))
-    assert file_hash(root / "base.safetensors") == before
-    return root
-
-
-def msdm_flags(root, out, *more):
-    common = ["--data", root / "data", "--base", root / "base.safetensors", "--lora", 4, "--out", out, "--lr", 1e-2, "--steps", 8,
-              "--batch-size", 4, "--log-every", 2, "--save-every", 4, "--shown", 2, "--sample-steps", 2]
-    return [str(x) for x in (*common, *more)]
-
-
-def draw(root, out, *more):
-    sampler.main([str(x) for x in ("--ckpt", root / "base.safetensors", "--prompt", "2 polyps", "-n", 2, "--steps", 3, "--out", out,
-                                   *more)])
-    return [(out / "images" / f"{i:06d}.png").read_bytes() for i in range(2)]
-
-
-def test_msdm_learns_an_adapter_and_the_base_stays(msdm_run):
-    names = {"best", "last", "config.json", "metrics.jsonl", "samples", "state.pt"}
-    assert {p.name for p in (msdm_run / "run").iterdir()} == names | {"latents-train.safetensors", "latents-val.safetensors"}
-    config = json.loads((msdm_run / "run/best/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 4)
-    tensors, _ = load_safetensors(msdm_run / "run/last/adapter_model.safetensors")
-    assert all(k.startswith("base_model.model.") for k in tensors)
-    assert all(v.any() for k, v in tensors.items() if "lora_B" in k)
-
-
-def test_a_stopped_adaptation_of_msdm_ends_with_the_same_bytes(msdm_run, tmp_path):
-    for more in (["--minutes", 0], []):  # the first stops after a step
-        torch.rand(1)  # what the process drew before plays no part
-        msdm.main(msdm_flags(msdm_run, tmp_path / "run", *more))
-    assert folder_hash(tmp_path / "run/last") == folder_hash(msdm_run / "run/last")
-
-
-def test_the_strength_of_an_adapter_on_msdm(msdm_run, tmp_path):
-    adapter = ["--lora", msdm_run / "run/last"]
-    base, adapted = draw(msdm_run, tmp_path / "base"), draw(msdm_run, tmp_path / "adapted", *adapter)
-    assert adapted != base
-    assert draw(msdm_run, tmp_path / "zero", *adapter, "--lora-scale", 0) == base
-    with pytest.raises(BadInput, match="holds pictures made with lora="):
-        draw(msdm_run, tmp_path / "adapted")
-
-
-@pytest.mark.parametrize(("change", "said"), [
-    (["--lora", "0"], "rank: expected a whole number from 1, got 0"),
-    (["--targets", "to_x"], "match no layer of UNet"),
-    (["--vae", "{root}/base.safetensors"], "give either --vae CHECKPOINT or --base CHECKPOINT --lora RANK"),
-    (["--base", "{root}/absent.safetensors"], "no such file"),
-    (["--size", "64"], "--size 64: .* draws 32 pixels"),
-])
-def test_bad_input_to_an_adaptation_of_msdm(msdm_run, tmp_path, change, said):
-    with pytest.raises(BadInput, match=said):
-        msdm.main(msdm_flags(msdm_run, tmp_path / "run", *[c.format(root=msdm_run) for c in change]))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("change", "said"), [
-    (["--decoder", "{root}"], "--decoder is not for an MSDM checkpoint"),
-    (["--size", "64"], "--size is not for an MSDM checkpoint"),
-    (["--lora", "{root}/data"], "adapter_config.json: no such file"),
-])
-def test_bad_input_to_sampling_with_an_adapter(msdm_run, tmp_path, change, said):
-    with pytest.raises(BadInput, match=said):
-        draw(msdm_run, tmp_path / "out", *[c.format(root=msdm_run) for c in change])
-    assert not (tmp_path / "out").exists()

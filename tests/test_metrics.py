@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import inception
 import metrics
-from weights import BadInput
+from command import BadInput
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "metrics"
@@ -28,7 +29,7 @@ def normal(n, d, seed=0, shift=0.0, dtype=torch.float64):
 
 @pytest.fixture(scope="module")
 def net():
-    return metrics.Inception("rule")
+    return inception.Inception("rule")
 
 
 @pytest.mark.parametrize("folder", [GOLDEN, SHARED], ids=["golden", "shared"])
@@ -47,14 +48,14 @@ def test_inception_meets_the_reference(net, folder):
 
 def test_tf1_bilinear_starts_at_the_corner():
     x = torch.tensor([[0.0, 4.0]]).view(1, 1, 1, 2)
-    assert metrics.tf1_bilinear(x, 4)[0, 0, 0].tolist() == [0, 2, 4, 4]
+    assert inception.tf1_bilinear(x, 4)[0, 0, 0].tolist() == [0, 2, 4, 4]
     x = normal(2, 3 * 7 * 7).view(2, 3, 7, 7).float()
-    assert torch.equal(metrics.tf1_bilinear(x, 7), x)
+    assert torch.equal(inception.tf1_bilinear(x, 7), x)
 
 
 def test_weights_of_other_names_and_of_other_networks(tmp_path):
     def first_layers(weights):
-        net = metrics.Inception(weights)
+        net = inception.Inception(weights)
         return net, net.Conv2d_2a_3x3.conv.weight
 
     state = published_names()
@@ -65,7 +66,7 @@ def test_weights_of_other_names_and_of_other_networks(tmp_path):
     torch.save(older, tmp_path / "older.pth")
     assert torch.equal(first_layers(tmp_path / "older.pth")[1], expected)
 
-    to_position = {name: position for position, name in metrics.BY_POSITION.items()}
+    to_position = {name: position for position, name in inception.BY_POSITION.items()}
     wrapped = {k.replace(p := k.split(".")[0] + ".", to_position[p], 1): v for k, v in state.items() if k[:3] != "fc."}
     save_file(wrapped, tmp_path / "wrapped.safetensors")
     net, found = first_layers(tmp_path / "wrapped.safetensors")
@@ -73,29 +74,29 @@ def test_weights_of_other_names_and_of_other_networks(tmp_path):
     assert list(net(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))) == ["64", "192", "768", "2048"]    # holds no logits
 
     with pytest.raises(BadInput, match="expected torchvision's ImageNet Inception-v3"):
-        metrics.ImageNetInception(tmp_path / "wrapped.safetensors")
+        inception.ImageNetInception(tmp_path / "wrapped.safetensors")
     with pytest.raises(BadInput, match=r"fc.weight is \(1000, 2048\), expected \(1008, 2048\)"):
-        metrics.Inception(state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
+        inception.Inception(state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
     with pytest.raises(BadInput, match="another network.*missing.*unknown, first conv1.weight"):
-        metrics.Inception({"conv1.weight": torch.zeros(1)})
+        inception.Inception({"conv1.weight": torch.zeros(1)})
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     with pytest.raises(BadInput, match="broken.pth"):
-        metrics.Inception(tmp_path / "broken.pth")
+        inception.Inception(tmp_path / "broken.pth")
     torch.save({"a": Path("x")}, tmp_path / "pickle.pth")
     with pytest.raises(BadInput, match="tensors only"):
-        metrics.Inception(tmp_path / "pickle.pth")
+        inception.Inception(tmp_path / "pickle.pth")
     with pytest.raises(BadInput, match="no such file"):
-        metrics.Inception(tmp_path / "absent.pth")
+        inception.Inception(tmp_path / "absent.pth")
 
 
 def published_names():
     """A rule-made state dict under the published names, as in the file: before the norms are folded in."""
     kept = {}
-    fold, metrics.Conv.fold = metrics.Conv.fold, lambda self: None
+    fold, inception.Conv.fold = inception.Conv.fold, lambda self: None
     try:
-        kept = {k: v.contiguous() for k, v in metrics.Inception("rule").state_dict().items()}
+        kept = {k: v.contiguous() for k, v in inception.Inception("rule").state_dict().items()}
     finally:
-        metrics.Conv.fold = fold
+        inception.Conv.fold = fold
     assert len(kept) == 94 * 6 + 2
     return kept
 
@@ -106,15 +107,15 @@ def test_published_file_is_found_checked_or_explained(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route")
 
-    monkeypatch.setattr(metrics.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(inception.urllib.request, "urlopen", offline)
     with pytest.raises(BadInput, match="no route.*https://.*6726825d.pth.*--weights"):
-        metrics.published_file("fid")
-    path = tmp_path / "checkpoints" / metrics.PUBLISHED["fid"]["files"][1]
+        inception.published_file("fid")
+    path = tmp_path / "checkpoints" / inception.PUBLISHED["fid"]["files"][1]
     path.write_bytes(b"half a file")
     with pytest.raises(BadInput, match="SHA-256"):
-        metrics.published_file("fid")
-    monkeypatch.setitem(metrics.PUBLISHED["fid"], "sha256", metrics.file_hash(path))
-    assert metrics.published_file("fid") == path
+        inception.published_file("fid")
+    monkeypatch.setitem(inception.PUBLISHED["fid"], "sha256", inception.file_hash(path))
+    assert inception.published_file("fid") == path
 
 
 def test_images_must_be_uint8(net):
@@ -438,10 +439,10 @@ def test_bad_folders_are_named_in_one_line(folders, capsys):
 
 
 def test_imagenet_inception_takes_torchvisions_weights(tmp_path):
-    state = metrics.ImageNetInception("rule").net.state_dict()
+    state = inception.ImageNetInception("rule").net.state_dict()
     extra = {"AuxLogits.fc.bias": torch.zeros(1000)}
-    net = metrics.ImageNetInception({**state, **extra})
+    net = inception.ImageNetInception({**state, **extra})
     assert net.net.fc.out_features == 1000 and not net.published
     with pytest.raises(BadInput, match="expected torchvision's ImageNet"):
-        metrics.ImageNetInception({**state, "fc.weight": torch.zeros(1008, 2048)})
+        inception.ImageNetInception({**state, "fc.weight": torch.zeros(1008, 2048)})
     assert net(torch.zeros(1, 3, 30, 40, dtype=torch.uint8))["logits"].shape == (1, 1000)

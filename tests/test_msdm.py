@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+import diffusion
 import msdm
-import sampler
-from msdm import MSDM, Diffusion, TextConfig, TextTransformer, learn_tokenizer
+import text as texts
+from command import BadInput
+from files import save_safetensors
+from msdm import MSDM, Diffusion
+from text import TextConfig, TextTransformer, learn_tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights import BadInput, save_safetensors
 
 PROMPTS = ["Generate an image with 2 polyps.", "Generate an image containing text.", "Generate an image with no polyps."]
 
@@ -38,7 +41,7 @@ def test_one_string_is_one_prompt():
     assert torch.equal(m.sample(PROMPTS[0], steps=2), m.sample([PROMPTS[0]], steps=2))
 
 
-@pytest.mark.parametrize("solver", sampler.SOLVERS)
+@pytest.mark.parametrize("solver", diffusion.SOLVERS)
 def test_every_solver_samples_and_the_prompt_matters(solver):
     m = model()
     a, b = m.sample(PROMPTS[:1], steps=3, solver=solver), m.sample(PROMPTS[1:2], steps=3, solver=solver)
@@ -65,13 +68,13 @@ def test_self_conditioning_changes_the_picture():
     m = model()
     with_estimate = m.sample(PROMPTS[:1], steps=4)
     original = m.unet.forward
-    m.unet.forward = lambda x_t, t, text, mask, self_cond: original(x_t, t, text, mask, None)
+    m.unet.forward = lambda x_t, t, text, mask, self_cond=None: original(x_t, t, text, mask, None)
     assert not torch.equal(with_estimate, m.sample(PROMPTS[:1], steps=4))
 
 
 def test_a_checkpoint_gives_back_the_model(tmp_path):
     m = model()
-    save_safetensors(tmp_path / "m.safetensors", m.tensors(), m.describe())
+    save_safetensors(tmp_path / "m.safetensors", m.tensors(), m.metadata())
     again = msdm.load(tmp_path / "m.safetensors")
     assert torch.equal(m.sample(PROMPTS, steps=3), again.sample(PROMPTS, steps=3))
     assert not any(p.requires_grad for p in again.parameters())
@@ -79,7 +82,7 @@ def test_a_checkpoint_gives_back_the_model(tmp_path):
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     save_safetensors(tmp_path / "v.safetensors", {"a": torch.zeros(1)}, {"kind": "vae"})
-    with pytest.raises(BadInput, match="expected an MSDM checkpoint, got 'vae'"):
+    with pytest.raises(BadInput, match="expected a checkpoint of msdm.py, got 'vae'"):
         msdm.load(tmp_path / "v.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "v.safetensors").read_bytes()[:-2])
     with pytest.raises(BadInput, match="not a whole safetensors file"):
@@ -140,7 +143,7 @@ def test_a_place_a_number_with_its_noun_and_a_size_are_one_token_each():
 
 
 def test_words_are_heard_by_their_distance():
-    bias = msdm.alibi(4, 2, "cpu")
+    bias = texts.alibi(4, 2, "cpu")
     assert bias.shape == (1, 2, 4, 4) and torch.equal(bias, bias.mT)
     assert bias[0, 0, 1].tolist() == [-1 / 16, 0, -1 / 16, -2 / 16] and bias[0, 1, 0, 3].item() == -3 / 256
 
@@ -162,31 +165,17 @@ def test_a_frozen_clip_encoder_from_a_folder(tmp_path):
     CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                  num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
                                  pad_token_id=1)).save_pretrained(tmp_path)
-    text = msdm.FrozenCLIP(str(tmp_path))
+    text = texts.FrozenCLIP(str(tmp_path))
     states, mask = text(["generate an image", "polyps"])
     assert states.shape == (2, 64, 32) and mask.sum(dim=1).tolist() == [3, 1]
     assert not any(p.requires_grad for p in text.parameters())
     m = model()
     frozen = MSDM(UNet(UNetConfig(**vars(m.unet.config) | {"text_dim": 32})), m.vae, text, m.diffusion)
     assert not any(k.startswith("text.") for k in frozen.tensors())
-    assert frozen.describe()["text"] == {"name": str(tmp_path), "length": 64}
+    assert frozen.metadata()["text"] == {"name": str(tmp_path), "length": 64}
 
 
 def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match="--text-encoder train"):
-        msdm.FrozenCLIP(str(tmp_path / "absent"))
-
-
-def test_even_times_are_even_and_logit_normal_ones_have_their_mean_and_spread():
-    g = torch.Generator().manual_seed(0)
-    even = msdm.draw_times(40_000, 1000, None, g)
-    assert even.min() == 0 and even.max() == 999
-    assert (even.bincount(minlength=1000).view(10, 100).sum(1) / 4000 - 1).abs().max() < 0.1
-    logit = torch.logit((msdm.draw_times(40_000, 1000, (-0.4, 0.9), g) + 0.5) / 1000)
-    assert abs(logit.mean() + 0.4) < 0.02 and abs(logit.std() - 0.9) < 0.02
-
-
-def test_logit_normal_times_stay_below_the_last():
-    t = msdm.draw_times(1000, 10, (30.0, 1.0), torch.Generator().manual_seed(0))
-    assert t.dtype == torch.int64 and (t == 9).all()
+        texts.FrozenCLIP(str(tmp_path / "absent"))

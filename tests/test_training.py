@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import optim
 import training
-from weights import BadInput
+from command import BadInput
 
 
 def ranks():
-    return training.start_ranks("cpu")
+    return training.start("cpu")
 
 
 def test_each_epoch_shows_every_picture_once():
@@ -33,23 +34,24 @@ def test_seeds_differ_by_step_and_rank_and_repeat():
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
-    assert training.rate(0, 10) == pytest.approx(0.1)
-    assert training.rate(50, 10) == 1.0
-    assert training.rate(100, 10, steps=100) == pytest.approx(0.0)
-    assert training.rate(50, 10, steps=100) == pytest.approx(0.5)
+    assert optim.lr_factor(0, 10) == pytest.approx(0.1)
+    assert optim.lr_factor(50, 10) == 1.0
+    assert optim.lr_factor(100, 10, steps=100) == pytest.approx(0.0)
+    assert optim.lr_factor(50, 10, steps=100) == pytest.approx(0.5)
 
 
 def test_ema_of_constant_weights_is_their_value_and_swap_undoes_itself():
     p = torch.nn.Parameter(torch.zeros(2))
     ema = training.EMA({"p": p}, 0.5)
     p.data.fill_(1.0)
-    for step in range(100, 140):
-        ema.update(step)
+    ema.update()
+    torch.testing.assert_close(ema.average["p"], torch.full((2,), 0.9))  # the first decay is 1 / 10, whatever is asked for
+    for _ in range(140):
+        ema.update()
     torch.testing.assert_close(ema.average["p"], torch.ones(2))
     p.data.fill_(3.0)
-    ema.swap()
-    assert p[0].item() == pytest.approx(1.0) and ema.average["p"][0] == 3.0
-    ema.swap()
+    with ema.applied():
+        assert p[0].item() == pytest.approx(1.0) and ema.average["p"][0] == 3.0
     assert p[0] == 3.0
 
 
@@ -57,11 +59,14 @@ def test_a_resumed_log_has_no_doubled_and_no_cut_lines(tmp_path):
     run = training.Run(tmp_path / "run", {"lr": 1}, "data", ranks())
     for step in (1, 2, 3):
         run.log(step=step, loss=0.5)
-    run.save_state({"step": 2})
+    p = {"p": torch.nn.Parameter(torch.ones(1))}
+    opt = optim.Optimizers(p, 1.0)
+    run.save_progress(2, p, opt)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # killed here
     again = training.Run(tmp_path / "run", {"lr": 1}, "data", ranks())
-    assert again.resume() == {"step": 2}
+    p["p"].data.fill_(5.0)
+    assert again.restore(p, opt) == 2 and p["p"].item() == 1.0
     again.log(step=3, loss=0.4)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["loss"] == 0.4
@@ -92,7 +97,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
         "import torch, training\n"
-        "r = training.start_ranks('cpu')\n"
+        "r = training.start('cpu')\n"
         "p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]\n"
         "p[0].grad = torch.full((3,), float(r.rank))\n"
         "conv = torch.nn.Parameter(torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last))\n"
@@ -104,7 +109,7 @@ def test_gradients_are_averaged_over_ranks(tmp_path):
         "steps = [loop._stop(15, None) if (s, r.rank) == (3, 1) else s for s in loop]\n"
         "assert len(steps) == 4, steps\n"  # one rank was asked to stop: both do, after the same step
         "assert r.mean(float(r.rank)) == 0.5\n"
-        "r.wait()\n")
+        "r.barrier()\n")
     import subprocess
     import sys
     from pathlib import Path
@@ -124,11 +129,11 @@ def test_numpy_is_not_seeded_behind_the_users_back():
 def test_muon_moves_every_direction_of_a_matrix_alike():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 20, 8, generator=g) @ torch.diag(torch.logspace(0, -1.5, 8))
-    values = torch.linalg.svdvals(training.orthogonalise(x))
+    values = torch.linalg.svdvals(optim.orthogonalise(x))
     assert values.min() > 0.6 and values.max() < 1.3 and torch.linalg.svdvals(x).min() < 0.3
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     nearest = (u @ v).flatten(1)  # the orthogonal factor of the polar decomposition
-    assert torch.cosine_similarity(training.orthogonalise(x).flatten(1), nearest).min() > 0.97
+    assert torch.cosine_similarity(optim.orthogonalise(x).flatten(1), nearest).min() > 0.97
 
 
 def test_muons_step_has_a_fifth_of_the_learning_rate_whatever_the_gradients_size():
@@ -136,13 +141,28 @@ def test_muons_step_has_a_fifth_of_the_learning_rate_whatever_the_gradients_size
         for size in (1e-3, 1e3):
             p = torch.nn.Parameter(torch.zeros(shape))
             p.grad = size * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            training.Muon([p], lr=0.1).step()
+            optim.Muon([p], lr=0.1).step()
             assert p.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.25)
             assert (p * p.grad).sum() < 0
 
 
 def test_the_ranks_share_a_batch():
-    ranks = [training.Ranks(rank, 3, torch.device("cpu")) for rank in range(3)]
+    ranks = [training.Distributed(rank, 3, torch.device("cpu")) for rank in range(3)]
     shares = [ranks[i].batch(50, 4, step=7, seed=1) for i in range(3)]
     assert [len(s) for s in shares] == [4] * 3
     assert torch.equal(torch.cat(shares), training.batch_indices(50, 12, step=7, seed=1))
+
+
+def test_parts_of_a_batch_make_the_step_of_the_whole():
+    def step(parts):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        params, x = dict(net.named_parameters()), torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
+        opt = optim.Optimizers(params, 0.1)
+        batch = training.Batch(x=x, nothing=None, names=list("abcdefghij"))
+        loss, norm = training.train_step(lambda b: net(b.x).square().mean(), batch, parts, params, opt, None, ranks(), 1.0)
+        return torch.cat([loss.view(1), norm.view(1), *(p.detach().flatten() for p in params.values())])
+
+    for parts in (2, 3, 4, 10, 99):
+        torch.testing.assert_close(step(parts), step(1))
+    assert [p.names for p in training.Batch(names=list("abcde"), none=None).chunk(2)] == [["a", "b", "c"], ["d", "e"]]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unet import PRESETS, CrossAttention, UNet, UNetConfig, attention, coordinates, sinusoidal
+from unet import PRESETS, Attention, UNet, UNetConfig, attention, coordinate_channels, timestep_embedding
 
 SMALL = UNetConfig(in_channels=4, channels=(32, 32, 64), time_dim=64, text_dim=16, n_heads=4, dropout=0.0)
 
@@ -41,7 +41,7 @@ def test_self_cond_reaches_the_network():
 def test_masked_words_are_not_looked_at_but_count_in_the_pooled_query():
     x_t, t, text = inputs()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    block = CrossAttention(32, 16, n_heads=4)
+    block = Attention(32, 16, n_heads=4)
     q = torch.randn(2, 7, 32)
     other = text.clone()
     other[0, 3:] = 9.0
@@ -60,13 +60,13 @@ def test_a_residual_text_is_heard_where_its_layers_are_silent():
 
 
 def test_coordinates_say_where_a_pixel_lies():
-    where = coordinates(torch.zeros(2, 3, 5, 9))
+    where = coordinate_channels(torch.zeros(2, 3, 5, 9))
     assert where.shape == (2, 4, 5, 9) and torch.equal(where[0], where[1])
     torch.testing.assert_close(where[0, :, 0, 0], torch.tensor([-1.0, -1, -1, -1]))   # upper left: x, y, cos pi x, cos pi y
     torch.testing.assert_close(where[0, :, 0, 8], torch.tensor([1.0, -1, -1, -1]))    # upper right
     torch.testing.assert_close(where[0, :, 2, 4], torch.tensor([0.0, 0, 1, 1]))       # centre
-    assert small(coordinates=True).conv_in.in_channels == small().conv_in.in_channels + 4
-    assert small(coordinates=True)(*inputs()).shape == inputs()[0].shape
+    assert small(coord_conv=True).conv_in.in_channels == small().conv_in.in_channels + 4
+    assert small(coord_conv=True)(*inputs()).shape == inputs()[0].shape
 
 
 def test_attention_is_softmax_of_scaled_products():
@@ -77,8 +77,8 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_sinusoidal_starts_at_sine_zero_cosine_one():
-    torch.testing.assert_close(sinusoidal(torch.tensor([0]), 8), torch.tensor([[0.0] * 4 + [1.0] * 4]))
-    assert sinusoidal(torch.tensor([1]), 8)[0, 3].item() == pytest.approx(1e-4, rel=1e-3)  # the slowest: 10000^-1
+    torch.testing.assert_close(timestep_embedding(torch.tensor([0]), 8), torch.tensor([[0.0] * 4 + [1.0] * 4]))
+    assert timestep_embedding(torch.tensor([1]), 8)[0, 3].item() == pytest.approx(1e-4, rel=1e-3)  # the slowest: 10000^-1
 
 
 @pytest.mark.parametrize("wrong", [{"channels": (48, 64)}, {"time_dim": 100}])

@@ -2,24 +2,26 @@ import pytest
 import torch
 from torch import nn
 
+import command
+import files
 import weights
-from weights import BadInput
+from command import BadInput
 
 
 def test_tensors_and_typed_metadata_come_back(tmp_path):
     meta = {"n": 3, "x": 0.5, "config": {"channels": [1, 2]}, "none": None, "text": "a\nb"}
-    weights.save_safetensors(tmp_path / "a" / "f.safetensors", {"_orig_mod.w": torch.arange(6).view(2, 3).T}, meta)
-    tensors, read = weights.load_safetensors(tmp_path / "a" / "f.safetensors")
-    assert read == meta == weights.load_metadata(tmp_path / "a" / "f.safetensors")
-    weights.save_safetensors(tmp_path / "again.safetensors", {"w": torch.arange(6).view(2, 3).T}, meta)
-    assert weights.file_hash(tmp_path / "again.safetensors") == weights.file_hash(tmp_path / "a" / "f.safetensors")
+    files.save_safetensors(tmp_path / "a" / "f.safetensors", {"w": torch.arange(6).view(2, 3).T}, meta)
+    tensors, read = files.load_safetensors(tmp_path / "a" / "f.safetensors")
+    assert read == meta == files.load_metadata(tmp_path / "a" / "f.safetensors")
+    files.save_safetensors(tmp_path / "again.safetensors", {"w": torch.arange(6).view(2, 3).T}, meta)
+    assert files.file_hash(tmp_path / "again.safetensors") == files.file_hash(tmp_path / "a" / "f.safetensors")
     assert list(tensors) == ["w"] and torch.equal(tensors["w"], torch.arange(6).view(2, 3).T)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     file = tmp_path / "f.txt"
     file.write_text("old")
-    with pytest.raises(RuntimeError), weights.replacing(file) as tmp:
+    with pytest.raises(RuntimeError), files.replacing(file) as tmp:
         tmp.write_text("half")
         raise RuntimeError("disk full")
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.txt"]
@@ -40,17 +42,17 @@ def test_exit_status_of_a_command(error, status, said, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        weights.run_command(main)
+        command.run_command(main)
     assert stopped.value.code == status
     if said:
         assert capsys.readouterr().err == said
 
 
 def test_a_device_that_is_not_here_is_one_line():
-    assert weights.best_device("cpu") == torch.device("cpu")
+    assert command.best_device("cpu") == torch.device("cpu")
     for name in ("nonsense", "cuda:99"):
         with pytest.raises(BadInput, match=f"--device {name}: not a device of this machine"):
-            weights.best_device(name)
+            command.best_device(name)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys):
@@ -58,5 +60,5 @@ def test_a_folder_that_cannot_be_written_is_one_line(capsys):
         raise PermissionError(13, "Permission denied", "/runs/mine")
 
     with pytest.raises(SystemExit) as left:
-        weights.run_command(main)
+        command.run_command(main)
     assert left.value.code == 2 and capsys.readouterr().err == "error: /runs/mine: Permission denied\n"

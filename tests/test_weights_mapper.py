@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from weights import BadInput, fetch, load_state, read_checkpoint, rename, save_safetensors, supported, write_json
+from command import BadInput
+from files import save_safetensors, write_json
+from weights import check_config, fetch, load_state, read_checkpoint, rename
 
 RULES = (("down_blocks.#.resnets.#", "down.#.res.#"), ("to_q|query", "to_q"), ("conv_in", "stem"))
 
@@ -111,11 +113,11 @@ def test_broken_checkpoints_are_named(tmp_path):
 def test_an_unsupported_setting_is_refused_by_name_and_value():
     config = json.loads('{"_class_name": "Net", "_version": "1", "width": 3, "act": "silu", "norm": null}')
     free, fixed = {"width": 8, "depth": 2}, {"act": ("silu",), "norm": (None,)}
-    assert supported(config, "here", "Net", free, fixed) == {"width": 3, "depth": 2}
+    assert check_config(config, "here", "Net", free, fixed) == {"width": 3, "depth": 2}
     with pytest.raises(BadInput, match="here: not supported in a Net: act='gelu', new_thing=4"):
-        supported(config | {"act": "gelu", "new_thing": 4}, "here", "Net", free, fixed)
+        check_config(config | {"act": "gelu", "new_thing": 4}, "here", "Net", free, fixed)
     with pytest.raises(BadInput, match="expected the config of a Net, got VQModel"):
-        supported({"_class_name": "VQModel"}, "here", "Net", free, fixed)
+        check_config({"_class_name": "VQModel"}, "here", "Net", free, fixed)
 
 
 def test_a_name_that_is_no_folder(monkeypatch, tmp_path):

@@ -1,4 +1,3 @@
-import argparse
 import math
 
 import pytest
@@ -6,16 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sampler
-from sampler import SOLVERS, denoiser, guided, q_sample, schedule, seeded_noise, timesteps, to_x_0
-from weights import BadInput
+import diffusion
+from diffusion import SOLVERS, denoiser, guided, q_sample, schedule, seeded_noise, timesteps, to_x_0
 
 ALPHA_BAR = schedule("scaled_linear", 1000, 0.002, 0.02)
 
 
 def fresh_noise(shape, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return lambda i: torch.randn(shape, generator=g, dtype=torch.float64)
+    return lambda: torch.randn(shape, generator=g, dtype=torch.float64)
 
 
 def gaussian(mean, std, alpha_bar):
@@ -72,33 +70,6 @@ def test_unknown_names_are_refused():
         timesteps(10, 10, "leading", offset=1)
 
 
-# the command's prompts
-
-
-def read(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    return sampler.read_prompts(argparse.Namespace(prompt=["first"], prompts=str(tmp_path / name), n=1))
-
-
-def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
-    assert read(tmp_path, "p.txt", b"\xef\xbb\xbfone\r\n\r\n two \n") == ["first", "one", "two"]
-    assert read(tmp_path, "p.csv", b'\xef\xbb\xbfFilename,Prompt\r\na,"one, or two"\r\n\r\nb,three\r\n') == \
-        ["first", "one, or two", "three"]
-
-
-@pytest.mark.parametrize("content, said", [
-    (b"", "row 1: expected a Prompt column, got ''"),
-    (b"Name;Filename\nx;y\n", "row 1: expected a Prompt column, got 'Name;Filename'"),
-    (b"Filename,Prompt\na,x\nb\n", "row 3: expected 2 fields"),
-    (b"Prompt\nin the upper-left, center\n", "row 2: expected 1 fields; a prompt that holds a ',' must be quoted"),
-    (b"Filename,Prompt\na,\n", "row 2: the prompt is empty"),
-    (b"Prompt\n\xff\n", "not UTF-8"),
-])
-def test_a_prompts_file_that_cannot_be_used_is_named_with_its_row(tmp_path, content, said):
-    with pytest.raises(BadInput, match=said):
-        read(tmp_path, "p.csv", content)
-
-
 # solvers
 
 
@@ -107,14 +78,14 @@ def test_a_prompts_file_that_cannot_be_used_is_named_with_its_row(tmp_path, cont
 def test_a_point_mass_is_recovered_exactly(solver, steps):
     x_0 = torch.full((2, 4, 8, 8), 0.3, dtype=torch.float64)
     noise = fresh_noise(x_0.shape)
-    out = SOLVERS[solver](lambda x_t, t: (x_0, None), noise(0), ALPHA_BAR, timesteps(1000, steps), noise)
+    out = SOLVERS[solver](lambda x_t, t: (x_0, None), noise(), ALPHA_BAR, timesteps(1000, steps), noise)
     torch.testing.assert_close(out, x_0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_gaussian_keeps_its_mean_and_variance(solver):
     noise = fresh_noise((20_000,))
-    out = SOLVERS[solver](gaussian(0.5, 0.7, ALPHA_BAR), noise(0), ALPHA_BAR, timesteps(1000, 1000), noise)
+    out = SOLVERS[solver](gaussian(0.5, 0.7, ALPHA_BAR), noise(), ALPHA_BAR, timesteps(1000, 1000), noise)
     assert out.mean().item() == pytest.approx(0.5, abs=0.02)
     assert out.std().item() == pytest.approx(0.7, rel=0.02)
 
@@ -135,7 +106,7 @@ def ode_error(solver, steps, T=100_000):
     return (seen[-1] - exact).abs().item()
 
 
-@pytest.mark.parametrize("solver, order", [(sampler.ddim, 1), (sampler.dpmpp, 2)])
+@pytest.mark.parametrize("solver, order", [(diffusion.ddim, 1), (diffusion.dpmpp, 2)])
 def test_order_of_convergence_on_a_gaussian(solver, order):
     errors = [ode_error(solver, steps) for steps in (32, 64, 128)]
     measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
@@ -145,8 +116,8 @@ def test_order_of_convergence_on_a_gaussian(solver, order):
 def test_ddim_converges_to_a_fine_reference():
     x_T = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoise = gaussian(0.2, 0.4, ALPHA_BAR)
-    fine = sampler.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, 1000))
-    errors = [(sampler.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, n)) - fine).abs().max().item() for n in (10, 50, 250)]
+    fine = diffusion.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, 1000))
+    errors = [(diffusion.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, n)) - fine).abs().max().item() for n in (10, 50, 250)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
@@ -158,7 +129,7 @@ def test_learned_variance_is_used():
         seen.append(x_t)
         return x_0, torch.full_like(x_0, math.log(0.25))
 
-    sampler.ddpm(denoise, x_0, ALPHA_BAR, timesteps(1000, 2), noise)
+    diffusion.ddpm(denoise, x_0, ALPHA_BAR, timesteps(1000, 2), noise)
     assert seen[1].std().item() == pytest.approx(0.5, rel=0.02)
 
 
@@ -168,8 +139,8 @@ def test_learned_variance_is_used():
 def test_eps_and_v_give_back_x_0():
     x_0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     a = ALPHA_BAR[[10, 900]].view(2, 1, 1, 1)
-    for prediction in ("eps", "v"):
-        out = sampler.target(prediction, x_0, a, eps)
+    for prediction in ("eps", "v", "x_0"):
+        out = diffusion.target(prediction, x_0, a, eps)
         torch.testing.assert_close(to_x_0(prediction, out, q_sample(x_0, a, eps), a), x_0)
 
 
@@ -179,7 +150,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x_t, t, text, mask, self_cond):
+    def __call__(self, x_t, t, text, mask, self_cond=None):
         self.calls.append((x_t, t, text, mask, self_cond))
         return text[:, :1, 0, None, None].expand(x_t.shape) + (0 if self_cond is None else self_cond)
 
@@ -188,7 +159,8 @@ def test_guidance_is_the_formula_and_doubles_everything():
     net, x_t = Recorder(), torch.randn(3, 2, 4, 4)
     text, null, mask = torch.full((3, 5, 7), 2.0), torch.full((3, 5, 7), 0.5), torch.ones(3, 5)
     self_cond = torch.randn(3, 2, 4, 4)
-    out = guided(net, text, mask, null, mask, 3.0)(x_t, torch.zeros(3, dtype=torch.long), self_cond)
+    out, cond = guided(net, (text, mask), (null, mask), 3.0)(x_t, torch.zeros(3, dtype=torch.long), self_cond)
+    torch.testing.assert_close(cond, 2.0 + self_cond)
     torch.testing.assert_close(out, 0.5 + 3.0 * (2.0 - 0.5) + self_cond)  # the estimate reached both halves, or this would differ
     assert len(net.calls) == 1
     assert all(len(part) == 6 for part in net.calls[0])
@@ -197,7 +169,8 @@ def test_guidance_is_the_formula_and_doubles_everything():
 def test_guidance_one_asks_once_a_step_and_equals_no_guidance():
     net, x_t = Recorder(), torch.randn(3, 2, 4, 4)
     text, mask = torch.randn(3, 5, 7), torch.ones(3, 5)
-    out = guided(net, text, mask, None, None, 1)(x_t, torch.zeros(3, dtype=torch.long), None)
+    out, cond = guided(net, (text, mask), None, 1)(x_t, torch.zeros(3, dtype=torch.long))
+    assert cond is out
     assert len(net.calls) == 1 and len(net.calls[0][0]) == 3
     torch.testing.assert_close(out, text[:, :1, 0, None, None].expand(x_t.shape))
 
@@ -205,14 +178,43 @@ def test_guidance_one_asks_once_a_step_and_equals_no_guidance():
 def test_the_last_estimate_is_fed_back():
     net, x_T = Recorder(), torch.randn(2, 1, 2, 2)
     text, mask = torch.ones(2, 1, 1), torch.ones(2, 1)
-    denoise = denoiser(guided(net, text, mask, None, None, 1), ALPHA_BAR, "eps", self_conditioning=True)
+    denoise = denoiser(guided(net, (text, mask), None, 1), ALPHA_BAR, "eps", self_conditioning=True)
     x_0, _ = denoise(x_T, 999)
     denoise(x_T, 500)
-    assert net.calls[0][4] is None  # zeros at the first step
+    assert not net.calls[0][4].any()  # zeros at the first step
     assert torch.equal(net.calls[1][4], x_0)
 
 
 def test_a_seeds_noise_does_not_depend_on_its_neighbours():
-    together, alone = seeded_noise([7, 8, 9], (2, 3)), seeded_noise([8], (2, 3))
-    for i in range(3):
-        assert torch.equal(together(i)[1], alone(i)[0])
+    together, alone = seeded_noise([7, 8, 9]), seeded_noise([8])
+    for _ in range(3):
+        assert torch.equal(together(3, 2, 3)[1], alone(1, 2, 3)[0])
+    twice = seeded_noise([7, 8, 9])(6, 2)  # each generator gives two rows
+    assert len({tuple(row.tolist()) for row in twice}) == 6 and torch.equal(twice[[1, 4]], seeded_noise([8])(2, 2))
+
+
+def test_an_unknown_prediction_is_refused():
+    x = torch.zeros(1)
+    for f in (diffusion.target, to_x_0, lambda p, *_: diffusion.min_snr_weight(p, x, 5.0)):
+        with pytest.raises(ValueError, match="prediction 'noise'"):
+            f("noise", x, x, x)
+
+
+def test_a_schedule_that_ends_in_pure_noise_can_be_sampled():
+    alpha_bar = ALPHA_BAR.clone()
+    alpha_bar[-1] = 0.0
+    for solver in SOLVERS.values():
+        out = solver(gaussian(0.5, 0.7, alpha_bar), torch.ones(3, dtype=torch.float64), alpha_bar, timesteps(1000, 5),
+                     lambda: torch.zeros(3, dtype=torch.float64))
+        assert out.isfinite().all()
+
+
+def test_uniform_times_are_uniform_and_logit_normal_ones_have_their_mean_and_deviation():
+    g = torch.Generator().manual_seed(0)
+    uniform = diffusion.sample_timesteps(40_000, 1000, None, g)
+    assert uniform.min() == 0 and uniform.max() == 999
+    assert (uniform.bincount(minlength=1000).view(10, 100).sum(1) / 4000 - 1).abs().max() < 0.1
+    logit = torch.logit((diffusion.sample_timesteps(40_000, 1000, (-0.4, 0.9), g) + 0.5) / 1000)
+    assert abs(logit.mean() + 0.4) < 0.02 and abs(logit.std() - 0.9) < 0.02
+    last = diffusion.sample_timesteps(1000, 10, (30.0, 1.0), g)
+    assert last.dtype == torch.int64 and (last == 9).all()

@@ -1,0 +1,212 @@
+"""MoVQ, the autoencoder of Kandinsky 2.2 and, wider, of 3.0. Published weights only: nothing here trains it.
+
+VQGAN  arXiv:2012.09841  Sec. 3.1  encoder, codebook, decoder
+MoVQ   arXiv:2209.09002  a VQGAN whose decoder's normalisation is modulated by the latent
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from command import BadInput
+from unet import Attention
+from weights import DIFFUSERS_NAMES, check_config, load_published
+
+
+class PlainNorm(nn.GroupNorm):
+    """The encoder's normalisation, called like the decoder's."""
+
+    def __init__(self, ch):
+        super().__init__(32, ch, eps=1e-6)
+
+    def forward(self, x, z=None):
+        return super().forward(x)
+
+
+class SpatialNorm(nn.Module):
+    """norm(x) scale(z) + shift(z): the latent speaks to every layer of the decoder (MoVQ)."""
+
+    def __init__(self, ch, latent_ch):
+        super().__init__()
+        self.plain = PlainNorm(ch)
+        self.scale = nn.Conv2d(latent_ch, ch, 1)
+        self.shift = nn.Conv2d(latent_ch, ch, 1)
+
+    def forward(self, x, z):
+        # A 1x1 convolution and nearest upsampling commute: convolve the small picture.
+        scale, shift = (F.interpolate(y, x.shape[-2:], mode="nearest") for y in (self.scale(z), self.shift(z)))
+        return self.plain(x) * scale + shift
+
+
+class MoVQResBlock(nn.Module):
+    def __init__(self, in_ch, out_ch, norm):
+        super().__init__()
+        self.norm_1 = norm(in_ch)
+        self.conv_1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.norm_2 = norm(out_ch)
+        self.conv_2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
+        self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
+
+    def forward(self, x, z=None):
+        y = self.conv_1(F.silu(self.norm_1(x, z)))
+        return self.skip(x) + self.conv_2(F.silu(self.norm_2(y, z)))
+
+
+class MoVQAttention(Attention):
+    """Every pixel looks at every pixel, with one head."""
+
+    def __init__(self, ch, norm):
+        super().__init__(ch, ch, n_heads=1, bias=True)
+        self.norm = norm(ch)
+
+    def forward(self, x, z=None):
+        h, w = x.shape[-2:]
+        y = (self.norm(x.flatten(2)) if z is None else self.norm(x, z).flatten(2)).transpose(1, 2)  # (b, h * w, c)
+        return rearrange(super().forward(y, y), "b (h w) c -> b c h w", h=h, w=w) + x
+
+
+class Downsample(nn.Conv2d):
+    """3x3 convolution with stride 2; the padding is to the right and below only."""
+
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, stride=2)
+
+    def forward(self, x, z=None):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    def __init__(self, ch):
+        super().__init__(ch, ch, 3, padding=1)
+
+    def forward(self, x, z=None):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class MoVQLevel(nn.Module):
+    """Residual blocks, the first n_attn of them followed by attention, then a change of resolution."""
+
+    def __init__(self, in_ch, out_ch, norm, n_res, n_attn, resample=None):
+        super().__init__()
+        self.res = nn.ModuleList(MoVQResBlock(in_ch if i == 0 else out_ch, out_ch, norm) for i in range(n_res))
+        self.attn = nn.ModuleList(MoVQAttention(out_ch, norm) for _ in range(n_attn))
+        self.resample = resample
+
+    def forward(self, x, z=None):
+        for i, res in enumerate(self.res):
+            x = res(x, z)
+            if i < len(self.attn):
+                x = self.attn[i](x, z)
+        return x if self.resample is None else self.resample(x)
+
+
+class MoVQEncoder(nn.Module):
+    def __init__(self, widths, attention, n_res, latent_ch):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (ch, has_attention) in enumerate(zip(widths, attention, strict=True)):
+            resample = Downsample(ch) if i + 1 < len(widths) else None
+            self.down.append(MoVQLevel(widths[max(i - 1, 0)], ch, PlainNorm, n_res, n_res * has_attention, resample))
+        self.mid = MoVQLevel(ch, ch, PlainNorm, 2, 1)
+        self.norm_out = PlainNorm(ch)
+        self.conv_out = nn.Conv2d(ch, latent_ch, 3, padding=1)
+
+    def forward(self, img):
+        x = self.conv_in(img)
+        for level in (*self.down, self.mid):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class MoVQDecoder(nn.Module):
+    def __init__(self, widths, attention, n_res, latent_ch, z_ch):
+        super().__init__()
+        norm = partial(SpatialNorm, latent_ch=z_ch)
+        above = widths[-1]
+        self.conv_in = nn.Conv2d(latent_ch, above, 3, padding=1)
+        self.mid = MoVQLevel(above, above, norm, 2, 1)
+        self.up = nn.ModuleList()  # from the smallest picture to the largest
+        for i, (ch, has_attention) in enumerate(zip(reversed(widths), attention, strict=True)):
+            resample = Upsample(ch) if i + 1 < len(widths) else None
+            self.up.append(MoVQLevel(above, ch, norm, n_res, n_res * has_attention, resample))
+            above = ch
+        self.norm_out = norm(ch)
+        self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
+
+    def forward(self, y, z):
+        y = self.conv_in(y)
+        for level in (self.mid, *self.up):
+            y = level(y, z)
+        return self.conv_out(F.silu(self.norm_out(y, z)))
+
+
+class MoVQ(nn.Module):
+    """encode(img) -> z, decode(z) -> img; img (b, 3, h, w) in [-1, 1], z (b, 4, h/8, w/8) not scaled, not quantised.
+
+    Kandinsky's diffusion models live in the z before the codebook, so the codebook is only a parameter of the file;
+    quantise is what MoVQ itself was trained with.
+    """
+
+    published_names = (
+        *DIFFUSERS_NAMES,
+        ("down.#.downsamplers.0.conv", "down.#.resample"),
+        ("up.#.upsamplers.0.conv", "up.#.resample"),
+        ("quantize.embedding", "codebook"),
+        ("norm_layer", "plain"),
+        ("conv_y", "scale"),
+        ("conv_b", "shift"),
+        ("spatial_norm.plain", "norm.plain"),
+        ("spatial_norm.scale", "norm.scale"),
+        ("spatial_norm.shift", "norm.shift"),
+        ("to_q|query", "to_q"),  # the first checkpoints have the names on the right of the bar
+        ("to_k|key", "to_k"),
+        ("to_v|value", "to_v"),
+        ("to_out.0|proj_attn", "to_out.0"),
+    )
+
+    def __init__(self, widths, down_attention, up_attention, n_res, latent_ch, z_ch, n_codes):
+        super().__init__()
+        self.factor = 2 ** (len(widths) - 1)  # pixels a latent cell is wide
+        self.encoder = MoVQEncoder(widths, down_attention, n_res, latent_ch)
+        self.quant_conv = nn.Conv2d(latent_ch, z_ch, 1)
+        self.codebook = nn.Embedding(n_codes, z_ch)
+        self.post_quant_conv = nn.Conv2d(z_ch, latent_ch, 1)
+        self.decoder = MoVQDecoder(widths, up_attention, n_res + 1, latent_ch, z_ch)
+
+    def encode(self, img):
+        return self.quant_conv(self.encoder(img))
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z), z)
+
+    def quantise(self, z):
+        """The nearest codebook entry at each place (VQGAN, Eq. 2)."""
+        b, _, h, w = z.shape
+        nearest = torch.cdist(rearrange(z, "b c h w -> (b h w) c"), self.codebook.weight).argmin(dim=1)
+        return rearrange(self.codebook(nearest), "(b h w) c -> b c h w", b=b, h=h, w=w)
+
+
+def build_movq(config: dict):
+    """MoVQ from its published config.json."""
+    down, up = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+    c = check_config(
+        config, "MoVQ", "VQModel",
+        defaults={"block_out_channels": (64,), "down_block_types": down[:1], "up_block_types": up[:1],
+                  "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": None, "num_vq_embeddings": 256,
+                  "sample_size": 32, "scaling_factor": 0.18215, "force_upcast": False},  # these three change nothing here
+        allowed={"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",), "norm_num_groups": (32,),
+                 "norm_type": ("spatial",), "mid_block_add_attention": (True,), "lookup_from_codebook": (False,)})
+    for key, kinds in (("down_block_types", down), ("up_block_types", up)):
+        if len(c[key]) != len(c["block_out_channels"]) or set(c[key]) - set(kinds):
+            raise BadInput(f"MoVQ: not supported: {key}={c[key]!r}")
+    return MoVQ(c["block_out_channels"], [kind == down[1] for kind in c["down_block_types"]],
+                [kind == up[1] for kind in c["up_block_types"]], c["layers_per_block"], c["latent_channels"],
+                c["vq_embed_dim"] or c["latent_channels"], c["num_vq_embeddings"])
+
+
+def load_movq(folder, dtype=torch.float32):
+    return load_published(build_movq, folder, dtype)
