@@ -147,8 +147,8 @@ def csv_rows(path, *columns):
             if not any(fields):
                 continue
             if len(fields) != len(header):
-                raise BadInput(f"{path}, row {rows.line_num}: expected {len(header)} field{'s' * (len(header) > 1)}, got {len(fields)}; "
-                               f"a prompt that holds a {delimiter!r} must be quoted")
+                raise BadInput(f"{path}, row {rows.line_num}: expected {len(header)} field{'s' * (len(header) > 1)}, "
+                               f"got {len(fields)}; a prompt that holds a {delimiter!r} must be quoted")
             yield rows.line_num, [None if place is None else fields[place] for place in places]
     except csv.Error as error:
         raise BadInput(f"{path}, row {rows.line_num}: not a CSV row ({error})") from None
