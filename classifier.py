@@ -1,6 +1,7 @@
-"""The attribute classifier: what an image shows, in the words of the prompts. A judge, and a feature space.
+"""The attribute classifier: which attributes of the prompts' grammar an image shows.
 
-Its labels come from a folder's attributes.jsonl where there is one, else from what the prompts say.
+Network, augmentation and training are ours. Labels come from a folder's attributes.jsonl where there is one,
+else from its prompts.
 """
 
 import json
@@ -19,18 +20,19 @@ from command import BadInput
 from files import file_hash, load_metadata, load_safetensors, save_safetensors, text_hash
 from weights import load_state
 
-# What is judged. Of a "one" exactly one value holds in a picture, of a "set" any number do.
+# What is judged. Of a "categorical" attribute exactly one value holds for an image, of a "multilabel" one any
+# number of values.
 ATTRIBUTES = {
-    "polyp": ("one", ("no polyps", "a polyp")),
-    "count": ("one", ("0", "1", "2", "3", "more")),
-    "place": ("set", prompts.CELLS),
-    "size": ("set", prompts.SIZES),
-    "instruments": ("one", ("none", "some")),
-    "box": ("one", ("without", "with")),
-    "text": ("one", ("without", "with")),
-    "colour": ("set", prompts.COLORS),
-    "paris": ("set", prompts.PARIS),
-    "procedure": ("one", ("colonoscopy", "gastroscopy")),
+    "polyp": ("categorical", ("no polyps", "a polyp")),
+    "count": ("categorical", ("0", "1", "2", "3", "more")),
+    "place": ("multilabel", prompts.CELLS),
+    "size": ("multilabel", prompts.SIZES),
+    "instruments": ("categorical", ("none", "some")),
+    "box": ("categorical", ("without", "with")),
+    "text": ("categorical", ("without", "with")),
+    "colour": ("multilabel", prompts.COLORS),
+    "paris": ("multilabel", prompts.PARIS),
+    "procedure": ("categorical", ("colonoscopy", "gastroscopy")),
 }
 VALUES = [(attribute, value) for attribute, (_, values) in ATTRIBUTES.items() for value in values]
 COLUMN = {pair: i for i, pair in enumerate(VALUES)}
@@ -42,7 +44,7 @@ UNKNOWN = -1
 
 
 def merge(parsed: list[dict]) -> dict:
-    """The attributes that several prompts of one picture speak of, together; lists are united."""
+    """The attributes of several prompts of one image together; lists are united."""
     out = {}
     for attributes in parsed:
         for key, value in attributes.items():
@@ -50,8 +52,8 @@ def merge(parsed: list[dict]) -> dict:
     return out
 
 
-def from_drawing(line: dict) -> dict:
-    """A line of attributes.jsonl as attributes that speak of everything."""
+def from_line(line: dict) -> dict:
+    """A line of attributes.jsonl as a complete dict of attributes (prompts.py)."""
     polyps = line["polyps"]
     return {"procedure": line["procedure"], "box": line["box"], "text": line["text"],
             "n_polyps": len(polyps), "n_findings": len(polyps), "n_instruments": len(line["instruments"]),
@@ -61,7 +63,7 @@ def from_drawing(line: dict) -> dict:
 
 
 def truth_row(attributes: dict) -> list[int]:
-    """1, 0 or UNKNOWN for each of VALUES: what a real picture with these attributes shows.
+    """1, 0 or UNKNOWN for each of VALUES: what a real image with these attributes shows.
 
     A prompt that names places, sizes, colours or types names all of them, so the others are absent.
     """
@@ -77,55 +79,55 @@ def truth_row(attributes: dict) -> list[int]:
     some = a["n_instruments"] > 0 if "n_instruments" in a else True if a.get("instrument_cells") else None
     row = [UNKNOWN] * len(VALUES)
 
-    def one(attribute, index):
+    def categorical(attribute, index):
         if index is not None:
             span = SLICE[attribute]
             row[span] = [int(i == index) for i in range(span.stop - span.start)]
 
-    def several(attribute, names):
+    def multilabel(attribute, names):
         if names is not None:
             row[SLICE[attribute]] = [int(v in names) for v in ATTRIBUTES[attribute][1]]
 
-    one("polyp", polyp)
-    one("count", None if n_polyps is None else min(n_polyps, 4))
-    one("instruments", some)
-    one("box", a.get("box"))
-    one("text", a.get("text"))
-    one("procedure", {"colonoscopy": 0, "gastroscopy": 1}.get(a.get("procedure")))
-    several("place", a.get("abnormality_cells"))
-    several("size", a.get("sizes"))
-    several("colour", a.get("colors"))
-    several("paris", a.get("paris"))
+    categorical("polyp", polyp)
+    categorical("count", None if n_polyps is None else min(n_polyps, 4))
+    categorical("instruments", some)
+    categorical("box", a.get("box"))
+    categorical("text", a.get("text"))
+    categorical("procedure", {"colonoscopy": 0, "gastroscopy": 1}.get(a.get("procedure")))
+    multilabel("place", a.get("abnormality_cells"))
+    multilabel("size", a.get("sizes"))
+    multilabel("colour", a.get("colors"))
+    multilabel("paris", a.get("paris"))
     return row
 
 
 def truth(records, folder) -> torch.Tensor:
-    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from attributes.jsonl where the folder has one, else from the prompts."""
-    drawn = read_drawings(folder)
-    if drawn is not None:
-        missing = [r.name for r in records if r.name not in drawn]
+    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from the folder's attributes.jsonl, else from the prompts."""
+    lines = read_attributes(folder)
+    if lines is not None:
+        missing = [r.name for r in records if r.name not in lines]
         if missing:
             raise BadInput(f"{folder}/attributes.jsonl: no line for {missing[0]}")
-        rows = [truth_row(from_drawing(drawn[r.name])) for r in records]
+        rows = [truth_row(from_line(lines[r.name])) for r in records]
     else:
         rows = [truth_row(merge([prompts.parse(p) for p in r.prompts])) for r in records]
     return torch.tensor(rows, dtype=torch.int8)
 
 
-def read_drawings(folder):
+def read_attributes(folder):
     """{file name: line} of attributes.jsonl, or None where there is no such file."""
     path = Path(folder) / "attributes.jsonl"
     if not path.is_file():
         return None
-    drawn = {}
+    lines = {}
     for i, text in enumerate(data.read_text(path).splitlines(), 1):
         try:
             line = json.loads(text)
-            from_drawing(line)
-            drawn[line["file_name"]] = line
+            from_line(line)
+            lines[line["file_name"]] = line
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}, line {i}: expected a picture's attributes ({error!r})") from None
-    return drawn
+            raise BadInput(f"{path}, line {i}: expected an image's attributes ({error!r})") from None
+    return lines
 
 
 # The network and its training
@@ -142,11 +144,12 @@ class Residual(nn.Module):
 
 
 def conv(c_in, c_out, stride=1):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+                         nn.BatchNorm2d(c_out), nn.ReLU())
 
 
 class Classifier(nn.Module):
-    """Logits of VALUES from uint8 pictures (b, 3, size, size); the 256 features before them describe a picture."""
+    """uint8 images (b, 3, size, size) -> logits (b, values); embed: the (b, 256) features before them."""
 
     def __init__(self, size=64, ch=32):
         super().__init__()
@@ -162,7 +165,7 @@ class Classifier(nn.Module):
     def embed(self, img):
         x = (img.float() - 128) / 64
         x = self.body(x.contiguous(memory_format=torch.channels_last))
-        flat = F.adaptive_avg_pool2d(self.where(x), 4).flatten(1)       # what is where
+        flat = F.adaptive_avg_pool2d(self.where(x), 4).flatten(1)       # keeps the positions
         return self.features(torch.cat([flat, x.mean((2, 3)), x.amax((2, 3))], dim=1))
 
     def forward(self, img):
@@ -170,7 +173,7 @@ class Classifier(nn.Module):
 
 
 def augment(images, generator):
-    """Small changes that keep every label true: light, a pixel's shift, and blur and noise as of generated pictures."""
+    """Small changes that keep every label: light, a pixel's shift, a generated image's blur and noise."""
     b = len(images)
     x = data.augment(images, generator, amount=0.1).float()
     dx, dy = torch.randint(-1, 2, (2,), generator=generator).tolist()
@@ -181,25 +184,25 @@ def augment(images, generator):
 
 
 def loss_fn(logits, labels):
-    """Cross-entropy over each "one", binary cross-entropy over each "set"; what is unknown does not count."""
+    """Sum of cross-entropy (categorical) and binary cross-entropy (multilabel) over known labels."""
     loss = 0
     for attribute, (kind, _) in ATTRIBUTES.items():
         y, target = logits[:, SLICE[attribute]], labels[:, SLICE[attribute]]
         known = target[:, 0] != UNKNOWN
         if known.any():
             y, target = y[known], target[known].float()
-            loss = loss + (F.cross_entropy(y, target) if kind == "one" else
+            loss = loss + (F.cross_entropy(y, target) if kind == "categorical" else
                            F.binary_cross_entropy_with_logits(y, target, reduction="none").sum(1).mean())
     return loss
 
 
 def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, device="cpu"):
-    """A Classifier of uint8 images (n, 3, size, size) with labels (n, len(VALUES)): AdamW, one cycle of the rate."""
-    speaking = (labels != UNKNOWN).any(1)
-    images, labels = images[speaking], labels[speaking]
+    """Train on uint8 images (n, 3, size, size) with labels (n, values): AdamW, one-cycle learning rate."""
+    labelled = (labels != UNKNOWN).any(1)
+    images, labels = images[labelled], labels[labelled]
     if len(images) < 2:
-        raise BadInput(f"{len(images)} pictures to train a classifier on, expected at least 2 whose prompts speak of "
-                       f"{', '.join(ATTRIBUTES)}")
+        raise BadInput(f"{len(images)} images to train a classifier on, expected at least 2 with prompts "
+                       f"about any of {', '.join(ATTRIBUTES)}")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -225,28 +228,29 @@ def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, devi
 
 @torch.inference_mode()
 def predict(net, images, batch_size=128):
-    """(n, len(VALUES)) bool: the most likely value of each "one", the likelier than not of each "set"."""
+    """(n, values) bool: the most probable categorical value, multilabel values above probability 1/2."""
     device = net.out.weight.device
     logits = torch.cat([net(chunk.to(device)).cpu() for chunk in images.split(batch_size)])
-    shown = logits > 0
+    predicted = logits > 0
     for attribute, (kind, _) in ATTRIBUTES.items():
-        if kind == "one":
+        if kind == "categorical":
             y = logits[:, SLICE[attribute]]
-            shown[:, SLICE[attribute]] = F.one_hot(y.argmax(1), y.shape[1]).bool()
-    return shown
+            predicted[:, SLICE[attribute]] = F.one_hot(y.argmax(1), y.shape[1]).bool()
+    return predicted
 
 
 def classifier_of(folder, records, images, labels, args):
-    """The classifier of these pictures: out of its file if it was trained on just these, else trained."""
-    file = args.classifier or beside(folder, args.size)
-    drawings = Path(folder) / "attributes.jsonl"
-    drawn = file_hash(drawings) if drawings.is_file() else ""
+    """The classifier of these images: read from its file if the key is equal, else trained and saved."""
+    file = args.classifier or default_file(folder, args.size)
+    attributes = Path(folder) / "attributes.jsonl"
+    attributes_hash = file_hash(attributes) if attributes.is_file() else ""
     made_of = {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES],
-               "key": text_hash(data.fingerprint(records), drawn, args.size, args.steps, args.seed)}
+               "key": text_hash(data.fingerprint(records), attributes_hash, args.size, args.steps, args.seed)}
     if Path(file).is_file():
         metadata = load_metadata(file)
         if metadata.get("kind") != "judge":
-            raise BadInput(f"{file}: expected a classifier that judges.py wrote, got kind {metadata.get('kind')!r}")
+            raise BadInput(f"{file}: expected a classifier that judges.py wrote, "
+                           f"got kind {metadata.get('kind')!r}")
         if metadata == made_of:
             net = load_state(Classifier(args.size), load_safetensors(file)[0], file)
             print(f"classifier: read from {file}")
@@ -254,12 +258,12 @@ def classifier_of(folder, records, images, labels, args):
     began = time.perf_counter()
     net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
     save_safetensors(file, net.state_dict(), made_of)
-    print(f"classifier: {args.steps} steps on {len(images)} pictures of {folder}, "
+    print(f"classifier: {args.steps} steps on {len(images)} images of {folder}, "
           f"{time.perf_counter() - began:.0f} s; in {file}")
     return net
 
 
-def beside(folder, size):
-    """Where the classifier of a folder is kept: a file beside it."""
+def default_file(folder, size):
+    """The classifier's file of a data folder, next to that folder."""
     folder = Path(folder).resolve()
     return folder.with_name(f"{folder.name}.judge-{size}.safetensors")

@@ -1,8 +1,9 @@
-"""A folder of images with prompts in, uint8 tensors and prompts out: one preprocessing for training and metrics alike.
+"""A folder of images with prompts in, uint8 tensors and prompts out, the same for training and metrics.
 
-A data folder is images/*.{jpg,jpeg,png} beside a captions file: prompt-gt.csv (Prompt;Filename), metadata.jsonl or
-another .csv. Several rows may speak of one image. Pixels are uint8 RGB; by default the whole picture, padded to a
-square with black, because nothing that a prompt names may be cut off. Nothing is ever flipped or recoloured.
+A data folder is images/*.{jpg,jpeg,png} beside a captions file: prompt-gt.csv (Prompt;Filename),
+metadata.jsonl or another .csv. Several rows may belong to one image. Pixels are uint8 RGB; by default the
+whole image, padded to a square with black, because nothing that a prompt names may be cut off. Images are
+never flipped, and their hue is never jittered.
 
     python data.py check --data data/phantom
 """
@@ -40,16 +41,17 @@ MAX_UNREADABLE = 0.05
 
 @dataclass
 class Record:
-    """One image and every prompt that was given for it."""
+    """One image and all its prompts."""
     path: Path
-    name: str               # file name with its ending: what the split and the captions file go by
+    name: str               # file name with its ending: the key of the split and of the captions file
     prompts: list[str]
 
 
 # Reading a folder
 
+
 def read_folder(folder, captions=None) -> list[Record]:
-    """The images that the captions speak of, one Record each, in the order in which the captions first name them."""
+    """The images that the captions name, one Record each, in the order of their first rows."""
     source, records = captions_file(folder, captions), {}
     for row, name, path, prompts in read_rows(folder, source):
         if not all(prompts):
@@ -63,7 +65,7 @@ def read_folder(folder, captions=None) -> list[Record]:
 
 
 def read_rows(folder, source):
-    """(row number, name as written, path or None, prompts) of every row of the captions file, bad ones included."""
+    """(row number, name as written, path or None, prompts) of every row of the captions file, bad or not."""
     find = image_finder(folder)
     for row, name, prompts in (read_jsonl if source.suffix == ".jsonl" else read_csv)(source):
         yield row, name, find(name), prompts
@@ -128,9 +130,9 @@ def read_text(path):
 
 
 def csv_rows(path, *columns):
-    """(row number, [field of each column]) of every row that is not empty. Row 1 names the columns and shows the delimiter.
+    """(row number, [field of each column]) of every nonempty row. Row 1 is the header.
 
-    columns: (spellings, must it be there) of each; a field of a column that is not there is None.
+    columns: (spellings, required) of each; a field of an absent column is None.
     """
     text = read_text(path)
     first = (text.splitlines() or [""])[0]
@@ -147,7 +149,8 @@ def csv_rows(path, *columns):
             if not any(fields):
                 continue
             if len(fields) != len(header):
-                raise BadInput(f"{path}, row {rows.line_num}: expected {len(header)} field{'s' * (len(header) > 1)}, "
+                raise BadInput(f"{path}, row {rows.line_num}: "
+                               f"expected {len(header)} field{'s' * (len(header) > 1)}, "
                                f"got {len(fields)}; a prompt that holds a {delimiter!r} must be quoted")
             yield rows.line_num, [None if place is None else fields[place] for place in places]
     except csv.Error as error:
@@ -156,7 +159,8 @@ def csv_rows(path, *columns):
 
 def read_csv(path):
     """(row number, image name, prompts) of every row."""
-    for row, (name, prompt, paraphrase) in csv_rows(path, (FILE_COLUMNS, True), (PROMPT_COLUMNS, True), (("paraphrase",), False)):
+    columns = (FILE_COLUMNS, True), (PROMPT_COLUMNS, True), (("paraphrase",), False)
+    for row, (name, prompt, paraphrase) in csv_rows(path, *columns):
         yield row, name, [prompt, *([paraphrase] if paraphrase else [])]
 
 
@@ -194,11 +198,13 @@ def read_jsonl(path):
         prompts = [next((row[c] for c in PROMPT_COLUMNS if c in row), None)]
         prompts += [row["paraphrase"]] if row.get("paraphrase") else []
         if not all(isinstance(x, str) for x in (name, *prompts)):
-            raise BadInput(f'{path}, row {i}: expected {{"file_name": "...", "text": "..."}}, got {line.strip()[:80]}')
+            raise BadInput(f'{path}, row {i}: expected {{"file_name": "...", "text": "..."}}, '
+                           f"got {line.strip()[:80]}")
         yield i, name, [prompt.strip() for prompt in prompts]
 
 
 # Pixels
+
 
 def open_image(path) -> Image.Image:
     """An image as 8-bit RGB, upright: EXIF rotation applied, transparency over black, 16 bits scaled down."""
@@ -217,7 +223,8 @@ def open_image(path) -> Image.Image:
 
 def to_rgb(img):
     if img.mode.startswith("I"):                            # 16-bit grey PNG; PIL itself would clip it at 255
-        return Image.fromarray((np.asarray(img).astype(np.int64) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(img).astype(np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in img.getbands() or "transparency" in img.info:
         img = img.convert("RGBA")
         black = Image.new("RGB", img.size)
@@ -227,10 +234,11 @@ def to_rgb(img):
 
 
 def preprocess(img, size, crop="pad", rng=None) -> np.ndarray:
-    """RGB picture -> uint8 (size, size, 3) by PIL's bicubic resize, whose kernel widens with the scale (antialiasing).
+    """RGB image -> uint8 (size, size, 3) by PIL's bicubic resize, which is antialiased.
 
-    "pad" keeps the whole picture, centred on a black square: a prompt may name anything in it. "center" and "random"
-    cut a square of the short side out of it, the paper's way; "random" asks rng, a numpy Generator, where.
+    "pad" keeps the whole image, centred on a black square: a prompt may name anything in it. "center" and
+    "random" cut out a square of the short side, as the paper does, "random" at a place drawn from rng, a
+    numpy Generator.
     """
     w, h = img.size
     if crop == "pad":
@@ -251,8 +259,8 @@ def preprocess(img, size, crop="pad", rng=None) -> np.ndarray:
 def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
     """(uint8 tensor (n, 3, size, size), the records that could be read), in order.
 
-    Unreadable images are named on stderr and left out; more than 5 % of them stop the run, on_bad="raise" at the first.
-    A random crop is drawn once an image, from seed and its place in records.
+    Unreadable images are named on stderr and left out; more than 5 % of them are an error, with
+    on_bad="raise" one is. A random crop is drawn once for each image, from seed and its index in records.
     """
     out = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
 
@@ -272,8 +280,8 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
     for error in bad:
         tqdm.write(f"skipped {error}", file=sys.stderr)
     if len(bad) > MAX_UNREADABLE * len(records):
-        raise BadInput(f"{records[0].path.parent}: {len(bad)} of {len(records)} images cannot be read, more than 5 %; "
-                       f"the first: {bad[0]}")
+        raise BadInput(f"{records[0].path.parent}: {len(bad)} of {len(records)} images cannot be read, "
+                       f"more than 5 %; the first: {bad[0]}")
     if not bad:
         return out, list(records)
     print(f"skipped {len(bad)} unreadable images of {len(records)}", file=sys.stderr)
@@ -282,12 +290,12 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
 
 
 def to_float(images):
-    """uint8 images as float32 in [-1, 1], what networks take."""
+    """uint8 images as float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(img):
-    """Float images, meant to be in [-1, 1], as uint8 on the CPU."""
+    """Float images, clamped to [-1, 1], as uint8 on the CPU."""
     return ((img.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -297,7 +305,7 @@ def batches(n, size):
 
 
 def in_parallel(function, n, workers, what):
-    """[function(0), ..., function(n - 1)] on threads: PIL works outside the GIL. A bar appears after two seconds."""
+    """[function(0), ..., function(n - 1)] on threads: PIL releases the GIL. A bar appears after 2 s."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         bar = tqdm(pool.map(function, range(n)), what, n, unit="image", delay=2, leave=False, disable=None)
         return list(bar)
@@ -305,18 +313,20 @@ def in_parallel(function, n, workers, what):
 
 # Training
 
-def split(records, fraction=0.1, seed=2204, groups=None):
-    """(train, val) by image, each in the order of records. The hash of seed and file name decides, so every script
-    finds the same split of a folder, at any picture size: what is held out from a training is new to a judge too.
 
-    groups: lists of indices into records that share a side; by default the near-duplicates among the images.
+def split(records, fraction=0.1, seed=2204, groups=None):
+    """(train, val) by image, each in the order of records. The hash of seed and file name decides, so every
+    script has the same split of a folder, at any image size: what is held out in training is new to the
+    metrics too.
+
+    groups: lists of indices into records that stay together; by default the near-duplicates among the images.
     """
     if not 0 <= fraction < 1:
         raise BadInput(f"validation fraction: expected a number in [0, 1), got {fraction}")
     n_val = round(fraction * len(records)) or int(fraction > 0 and len(records) > 1)
     rank = [text_hash(seed, r.name) for r in records]
     for group in near_duplicates(records) if groups is None else groups:
-        if len(group) <= len(records) - n_val:              # else a side would be empty
+        if len(group) <= len(records) - n_val:              # else the training part would be empty
             first = min(rank[i] for i in group)
             for i in group:
                 rank[i] = first
@@ -326,10 +336,11 @@ def split(records, fraction=0.1, seed=2204, groups=None):
 
 
 def near_duplicates(records, workers=2) -> list[list[int]]:
-    """Groups of indices of images that show the same frame, or all but the same.
+    """Groups of indices of images that show the same or nearly the same frame.
 
-    Two images belong together when their 24x24 grey thumbnails, less a blur of 1.5 thumbnail pixels, correlate by more
-    than 0.95. In Kvasir-SEG true pairs have 0.969 and more, any other 0.868 at most; 4,000 phantoms 0.941 at most.
+    Rule and threshold are ours: two images belong together when their 24x24 grey thumbnails, high-passed by
+    subtracting a blur of 1.5 thumbnail pixels, have a correlation above 0.95. In Kvasir-SEG true pairs have
+    at least 0.969, all others at most 0.868; 4,000 phantoms at most 0.941.
     """
     side = 24
 
@@ -337,9 +348,10 @@ def near_duplicates(records, workers=2) -> list[list[int]]:
         try:
             with Image.open(records[i].path) as img:
                 img.draft("L", (2 * side, 2 * side))        # a JPEG is decoded at a fraction of its size
-                return np.asarray(to_rgb(img).convert("L").resize((side, side), Image.Resampling.BOX), np.float32)
+                grey = to_rgb(img).convert("L")
+                return np.asarray(grey.resize((side, side), Image.Resampling.BOX), np.float32)
         except UNREADABLE:
-            return np.zeros((side, side), np.float32)       # like nothing else
+            return np.zeros((side, side), np.float32)       # a duplicate of none
 
     if not records:
         return []
@@ -347,8 +359,9 @@ def near_duplicates(records, workers=2) -> list[list[int]]:
     x = torch.from_numpy(x - gaussian_filter(x, (0, 1.5, 1.5))).flatten(1)
     x = x - x.mean(1, keepdim=True)
     norm = x.norm(dim=1, keepdim=True)
-    x = torch.where(norm > side, x / norm, 0)               # under one grey level of detail: like nothing else
-    pairs = torch.cat([(x[i:i + 1024] @ x[i:].T > 0.95).nonzero() + i for i in range(0, len(x), 1024)]).numpy()
+    x = torch.where(norm > side, x / norm, 0)           # under one grey level of detail: a duplicate of none
+    strips = range(0, len(x), 1024)
+    pairs = torch.cat([(x[i:i + 1024] @ x[i:].T > 0.95).nonzero() + i for i in strips]).numpy()
     links = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(x), len(x)))
     group_of = connected_components(links, directed=False)[1]
     groups = {}
@@ -358,33 +371,36 @@ def near_duplicates(records, workers=2) -> list[list[int]]:
 
 
 def augment(images, generator, amount=0.4):
-    """Brightness, then contrast, each by its own factor in [1 - amount, 1 + amount] per sample: for training only.
+    """Brightness, then contrast, by factors in [1 - amount, 1 + amount] drawn for each image; training only.
 
-    As torchvision's ColorJitter: contrast is about the mean grey of the picture, and values are clamped after each.
-    images: uint8 or float in [-1, 1], (b, 3, h, w); the same comes back.
+    As torchvision's ColorJitter: contrast is about the mean grey of the image, and values are clamped after
+    each. images: uint8 or float in [-1, 1], (b, 3, h, w); returned in the same type.
     """
-    factors = 1 + amount * (2 * torch.rand(2, len(images), 1, 1, 1, generator=generator, device=generator.device) - 1)
+    uniform = torch.rand(2, len(images), 1, 1, 1, generator=generator, device=generator.device)
+    factors = 1 + amount * (2 * uniform - 1)
     brightness, contrast = factors.to(images.device)
     is_uint8 = images.dtype == torch.uint8
     x = images.float() / 255 if is_uint8 else (images.float() + 1) / 2
     x = (x * brightness).clamp(0, 1)
-    grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    grey = grey.mean((2, 3), keepdim=True)
     x = (grey + (x - grey) * contrast).clamp(0, 1)
     return (x * 255).round().byte() if is_uint8 else (x * 2 - 1).to(images.dtype)
 
 
 def drop_context(prompts, p, generator) -> list[str]:
-    """Each prompt becomes the empty one with probability p, for classifier-free guidance (arXiv:2207.12598)."""
+    """Each prompt becomes the empty one with probability p: classifier-free guidance (arXiv:2207.12598)."""
     drop = torch.rand(len(prompts), generator=generator, device=generator.device) < p
     return ["" if d else prompt for d, prompt in zip(drop.tolist(), prompts, strict=True)]
 
 
 def fingerprint(records) -> str:
-    """Hash of names, file sizes in bytes and prompts: tells a run whether its data folder is still the same."""
+    """Hash of names, file sizes in bytes and prompts: a resumed run compares it with its data folder's."""
     return text_hash(*(json.dumps([r.name, r.path.stat().st_size, r.prompts]) for r in records))
 
 
 # Writing
+
 
 def write_image(path, pixels):
     """uint8 (h, w, 3) into a PNG, atomically."""
@@ -393,7 +409,7 @@ def write_image(path, pixels):
 
 
 def write_grid(path, images, columns=None, gap=2):
-    """uint8 (n, 3, h, w) into one PNG, row by row, near square unless told; gap: white pixels between pictures."""
+    """uint8 (n, 3, h, w) into one PNG, row by row; columns None: about square; gap: white pixels between."""
     images = np.asarray(images).transpose(0, 2, 3, 1)
     n, h, w, _ = images.shape
     columns = columns or int(np.ceil(n ** 0.5))
@@ -414,8 +430,9 @@ def write_captions(folder, rows):
 
 # Check
 
+
 def check(folder, captions, workers):
-    """Print what a data folder holds; 1 if a training could not use it."""
+    """Print what a data folder holds; returns the exit status, 1 if it is unusable for training."""
     source = captions_file(folder, captions)
     records, missing, empty = {}, [], []
     for row, name, path, prompts in read_rows(folder, source):
@@ -427,17 +444,17 @@ def check(folder, captions, workers):
             records.setdefault(path.name, Record(path, path.name, [])).prompts.extend(prompts)
     records = list(records.values())
 
-    def look(i):
+    def inspect(i):
         try:
             return open_image(records[i].path).size, file_hash(records[i].path)
         except BadInput as error:
             return str(error), None
 
-    looks = in_parallel(look, len(records), workers, "reading images")
-    unreadable = [what for what, h in looks if h is None]
-    sizes = Counter(f"{what[0]}x{what[1]}" for what, h in looks if h)
+    found = in_parallel(inspect, len(records), workers, "reading images")      # (size, hash) or (error, None)
+    unreadable = [error for error, h in found if h is None]
+    sizes = Counter(f"{size[0]}x{size[1]}" for size, h in found if h)
     same = {}
-    for record, (_, h) in zip(records, looks, strict=True):
+    for record, (_, h) in zip(records, found, strict=True):
         if h:
             same.setdefault(h, []).append(record.name)
     same = [" = ".join(names) for names in same.values() if len(names) > 1]
@@ -467,7 +484,7 @@ def check(folder, captions, workers):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Check a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("check", help="say what a data folder holds; exit status 1 if it is unusable",
+    p = commands.add_parser("check", help="print what a data folder holds; exit status 1 if it is unusable",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, metavar="DIR", help="data folder")
     p.add_argument("--captions", metavar="FILE", help="captions file to use instead of the folder's own")

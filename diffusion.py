@@ -1,13 +1,15 @@
-"""Diffusion in equations: schedules, the forward process, targets, solvers, guidance, seeded noise. No network, no file.
+"""Diffusion in equations: schedules, forward process, targets, solvers, guidance, seeded noise.
 
-A solver sees only denoise(x_t, t) -> (x_0, log_variance or None); what the network predicts, guidance, clipping and
-self-conditioning live in that closure (guided, denoiser). alpha_bar is the product that the DDIM paper calls alpha.
+A solver is solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0, where noise() returns fresh noise and
+denoise(x_t, t) -> (x_0, log_variance or None). What the network predicts, guidance, clipping and
+self-conditioning live in that closure (guided, denoiser). There is no network and no file here.
+alpha_bar is the product that the DDIM paper calls alpha.
 DDPM         arXiv:2006.11239  Eq. 4 q(x_t | x_0), Eq. 7 the posterior, Eq. 15 x_0 from eps
 DDIM         arXiv:2010.02502  Eq. 12
 DPM-Solver++ arXiv:2211.01095  Algorithm 2, the multistep solver of second order
 iDDPM        arXiv:2102.09672  Eq. 17 the cosine schedule, Eq. 15 a learnt variance
 v-prediction arXiv:2202.00512  Sec. 4 and App. D
-Guidance     arXiv:2207.12598  Eq. 6: its w is guidance - 1
+CFG          arXiv:2207.12598  Eq. 6, classifier-free guidance: its w is guidance - 1
 Self-conditioning  arXiv:2208.04202  the previous estimate of x_0 is a further input
 min-SNR      arXiv:2303.09556  Sec. 3.4  loss weights
 Spacing      arXiv:2305.08891  Table 2
@@ -22,12 +24,12 @@ import torch.nn.functional as F
 
 
 def schedule(name, T=1000, beta_start=0.0001, beta_end=0.02):
-    """alpha_bar (T,) float64, the product of 1 - beta up to each t."""
+    """alpha_bar (T,) float64, the product of 1 - beta up to each t; name: linear, scaled_linear or cosine."""
     if name == "linear":
         beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
     elif name == "scaled_linear":
         beta = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
-    elif name == "cosine":  # iDDPM, Eq. 17, with its s = 0.008; beta_start and beta_end play no part
+    elif name == "cosine":  # iDDPM, Eq. 17, with its s = 0.008; beta_start and beta_end are not used
         t = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -37,7 +39,10 @@ def schedule(name, T=1000, beta_start=0.0001, beta_end=0.02):
 
 
 def timesteps(T, steps, spacing="trailing", offset=0):
-    """(steps,) int64, descending: the times that a solver visits (2305.08891, Table 2). offset moves "leading" only."""
+    """(steps,) int64, descending: the times of a solver's steps (2305.08891, Table 2).
+
+    offset is added to "leading" only.
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"steps={steps}: expected 1 to T={T}")
     if spacing == "trailing":
@@ -53,7 +58,7 @@ def timesteps(T, steps, spacing="trailing", offset=0):
     return t
 
 
-# The forward process and what a network is taught
+# The forward process and the regression target
 
 
 def q_sample(x_0, alpha_bar_t, eps):
@@ -62,7 +67,10 @@ def q_sample(x_0, alpha_bar_t, eps):
 
 
 def target(prediction, x_0, alpha_bar_t, eps):
-    """Regression target: "eps", "x_0", or "v" = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (2202.00512, App. D)."""
+    """Regression target of the network.
+
+    "eps", "x_0", or "v" = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (2202.00512, App. D).
+    """
     if prediction == "eps":
         return eps
     if prediction == "x_0":
@@ -73,7 +81,10 @@ def target(prediction, x_0, alpha_bar_t, eps):
 
 
 def to_x_0(prediction, out, x_t, alpha_bar_t):
-    """x_0 from the network's output: DDPM, Eq. 15 for "eps"; sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v for "v"."""
+    """x_0 from the network's output.
+
+    "eps": DDPM, Eq. 15. "v": sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v (2202.00512, App. D).
+    """
     if prediction == "eps":
         return (x_t - (1 - alpha_bar_t).sqrt() * out) / alpha_bar_t.sqrt()
     if prediction == "x_0":
@@ -84,10 +95,10 @@ def to_x_0(prediction, out, x_t, alpha_bar_t):
 
 
 def sample_timesteps(n, T, logit_normal, generator):
-    """n training times of [0, T), int64: uniform, or with logit_normal = (m, s) T sigmoid(m + s z), z ~ N(0, 1).
+    """n training times in [0, T), int64: uniform, or T sigmoid(m + s z), z ~ N(0, 1), logit_normal = (m, s).
 
-    The density is that of SD3 (arXiv:2403.03206, Sec. 3.1), where it weighs the times of a rectified flow; over DDPM's
-    index it is our choice. It puts more weight on medium noise, where the layout of an image is decided.
+    The density is that of SD3 (arXiv:2403.03206, Sec. 3.1), where it weighs the times of a rectified flow;
+    over DDPM's index it is our choice. It puts more weight on medium noise, where the layout is decided.
     """
     if logit_normal is None:
         return torch.randint(T, (n,), generator=generator)
@@ -96,7 +107,10 @@ def sample_timesteps(n, T, logit_normal, generator):
 
 
 def min_snr_weight(prediction, alpha_bar_t, gamma):
-    """Weights of the squared errors: min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps" (2303.09556, Sec. 3.4)."""
+    """Weights of the squared errors (2303.09556, Sec. 3.4).
+
+    min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps".
+    """
     snr = alpha_bar_t / (1 - alpha_bar_t)
     if prediction == "x_0":
         return snr.clamp(max=gamma)
@@ -105,25 +119,32 @@ def min_snr_weight(prediction, alpha_bar_t, gamma):
     raise ValueError(f"prediction {prediction!r}: min-SNR weights are for eps and x_0")
 
 
-# Solvers: solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0; noise() gives fresh noise. The last step lands on x_0.
+# Solvers
 
 
 def _noise_levels(alpha_bar, timesteps):
-    """(t, alpha_bar_t, alpha_bar_s) of each step as numbers, s the next, less noisy time; behind the last no noise is left."""
+    """(t, alpha_bar_t, alpha_bar_s) of each step as Python numbers; s is the next, less noisy time.
+
+    alpha_bar_s = 1 in the last step, which therefore ends in x_0.
+    """
     times = timesteps.tolist()
     levels = alpha_bar.double()[timesteps.to(alpha_bar.device)].tolist()
     return zip(times, levels, [*levels[1:], 1.0], strict=True)
 
 
 def ddpm(denoise, x_t, alpha_bar, timesteps, noise):
-    """Ancestral sampling: draw x_s from q(x_s | x_t, x_0), DDPM, Eqs. 6 and 7 with s for t - 1. DDIM with eta = 1 is the same."""
+    """Ancestral sampling: draw x_s from q(x_s | x_t, x_0), DDPM, Eqs. 6 and 7 with s for t - 1.
+
+    DDIM with eta = 1 is the same.
+    """
     for t, a_t, a_s in _noise_levels(alpha_bar, timesteps):
         x_0, log_variance = denoise(x_t, t)
         alpha = a_t / a_s  # DDPM's alpha of the step from s to t
         x_t = math.sqrt(a_s) * (1 - alpha) / (1 - a_t) * x_0 + math.sqrt(alpha) * (1 - a_s) / (1 - a_t) * x_t
         if a_s < 1:
             variance = (1 - a_s) / (1 - a_t) * (1 - alpha)
-            x_t = x_t + (math.sqrt(variance) if log_variance is None else (0.5 * log_variance).exp()) * noise()
+            sigma = math.sqrt(variance) if log_variance is None else (0.5 * log_variance).exp()
+            x_t = x_t + sigma * noise()
     return x_t
 
 
@@ -148,7 +169,8 @@ def dpmpp(denoise, x_t, alpha_bar, timesteps, noise=None):
         if x_0_before is not None and a_s < 1:
             h = 0.5 * math.log(a_s / (1 - a_s)) - lambda_t
             d = x_0 + (x_0 - x_0_before) / (2 * (lambda_t - lambda_before) / h)
-        ratio = math.sqrt((1 - a_s) / (1 - a_t))  # -alpha_s (exp(-h) - 1) = alpha_s - alpha_t ratio, finite in the last step too
+        # The paper's -alpha_s (exp(-h) - 1) is alpha_s - alpha_t ratio, which is finite in the last step too.
+        ratio = math.sqrt((1 - a_s) / (1 - a_t))
         x_t = ratio * x_t + (math.sqrt(a_s) - math.sqrt(a_t) * ratio) * d
         x_0_before, lambda_before = x_0, lambda_t
     return x_t
@@ -161,10 +183,10 @@ SOLVERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
 
 
 def guided(network, cond, null, guidance):
-    """predict(x_t, t, *more) -> (uncond + guidance (cond - uncond), cond)   (2207.12598, Eq. 6 with w = guidance - 1).
+    """predict(x_t, t, *more) -> (uncond + guidance (cond - uncond), cond)   (CFG, Eq. 6, w = guidance - 1).
 
-    cond and null are tuples of equal shapes: what the network is given behind x_t and t. more, of x_t's batch, goes
-    behind them. Both conditions pass in one batch; guidance 1 needs no unconditional pass.
+    cond and null are tuples of equal shapes: the network's arguments after x_t and t. Those in more, of x_t's
+    batch size, follow them. Both conditions pass in one batch; guidance 1 needs no unconditional pass.
     """
     if guidance == 1:
         return lambda x_t, t, *more: (network(x_t, t, *cond, *more),) * 2
@@ -179,11 +201,11 @@ def guided(network, cond, null, guidance):
 
 
 def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None, self_conditioning=False):
-    """denoise(x_t, t) -> (x_0, log_variance or None) for a solver, from predict(x_t, t, ...) -> (output, ...) of a network.
+    """denoise(x_t, t) -> (x_0, log_variance or None) for a solver, from predict(x_t, t, ...) -> (output, v).
 
-    bound: what clips an estimate of x_0. learnt_variance_of: the times of the solver, where predict's second result is
-    the network's share v of the log-variance (iDDPM, Eq. 15). With self_conditioning predict also gets the previous x_0,
-    zeros in the first step: the closure remembers it, so every batch needs a denoiser of its own.
+    bound: a function that clips an estimate of x_0. learnt_variance_of: the solver's times, if v is the
+    learnt share of the log-variance (iDDPM, Eq. 15). With self_conditioning predict also gets the previous
+    x_0, zeros in the first step. The closure stores it, so every batch needs a denoiser of its own.
     """
     alpha_bar = F.pad(alpha_bar, (0, 1), value=1)  # alpha_bar[-1]: no noise is left
     times = [] if learnt_variance_of is None else learnt_variance_of.tolist()
@@ -205,20 +227,21 @@ def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None
 
 
 def learnt_log_variance(v, a_t, a_s):
-    """log of the variance between the posterior's (v = -1) and beta (v = 1): iDDPM, Eq. 15, with s for t - 1."""
+    """Log of the variance, from the posterior's (v = -1) to beta (v = 1): iDDPM, Eq. 15, with s for t - 1."""
     beta = 1 - a_t / a_s
     smallest = (beta * (1 - a_s) / (1 - a_t)).clamp(min=1e-20)
     share = (v + 1) / 2
     return share * beta.log().item() + (1 - share) * smallest.log().item()
 
 
-# Seeds: image i of a request with seed s is drawn from its own CPU generator, seeded s + i
+# Seeds
 
 
 def seeded_noise(seeds):
-    """draw(n, *shape) -> N(0, 1) of (n, *shape): each image's own CPU generator, which supplies x_T and every step's noise.
+    """draw(n, *shape) -> N(0, 1) of (n, *shape), one row from the CPU generator of each seed.
 
-    n may be a multiple of the number of seeds: each generator then gives as many rows, in turn.
+    A generator supplies x_T and then every step's noise of its image, so the image does not depend on the
+    batch. n may be a multiple of the number of seeds: each generator then supplies as many rows, in turn.
     """
     generators = [torch.Generator().manual_seed(s) for s in seeds]
 
@@ -230,6 +253,7 @@ def seeded_noise(seeds):
 
 
 def sample_in_batches(sample_batch, prompts, seed, batch_size, **settings):
-    """uint8 (len(prompts), 3, h, w) of sample_batch(prompts, seeds, **settings), batch_size images at a time."""
+    """uint8 (len(prompts), 3, h, w) of sample_batch(prompts, seeds, **settings); image i has seed + i."""
     parts = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
-    return torch.cat([sample_batch([prompts[i] for i in p], [seed + i for i in p], **settings) for p in parts])
+    images = [sample_batch([prompts[i] for i in p], [seed + i for i in p], **settings) for p in parts]
+    return torch.cat(images)

@@ -1,8 +1,8 @@
 """Files in and out: atomic writes, safetensors, JSON, hashes. Nothing is ever unpickled.
 
-A file is written beside its place and renamed over it, so a reader never sees half of it. Metadata is a dict of JSON
-values. safetensors itself stores strings, in an order that changes from call to call, so the dict is one string, under
-the key "json": the same tensors and metadata give the same bytes.
+A file is written beside its place and renamed over it, so that half a file is never read. Metadata is a dict
+of JSON values. safetensors itself stores strings, in an order that changes from call to call, so the dict is
+one string, under the key "json": the same tensors and metadata give the same bytes.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from command import BadInput
 
 @contextlib.contextmanager
 def replacing(path):
-    """`with replacing(path) as tmp:` writes tmp, then renames it to path; on an error path stays as it was."""
+    """`with replacing(path) as tmp:` writes tmp, then renames it to path; on an error path is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -59,7 +59,7 @@ def save_safetensors(path, tensors: dict, metadata: dict | None = None):
 
 
 def load_safetensors(path, device="cpu"):
-    """(tensors, metadata) of a file that save_safetensors wrote, or of any other safetensors file (metadata then strings)."""
+    """(tensors, metadata) of any safetensors file; metadata are strings unless save_safetensors wrote it."""
     with _open(path, device) as f:
         metadata = _metadata(f)
         return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118 - not a dict
@@ -88,7 +88,7 @@ def _metadata(f):
 
 
 def read_state(path):
-    """State dict of a .safetensors file, or of a .pt, .pth or .ckpt that holds tensors and nothing that must be unpickled."""
+    """State dict of a .safetensors file, or of a .pt, .pth or .ckpt that holds nothing but tensors."""
     path = Path(path)
     if path.suffix == ".safetensors":
         return load_safetensors(path)[0]
@@ -127,12 +127,13 @@ def text_hash(*texts):
 
 
 def cached(path, make, write=True):
-    """(tensors, metadata) of a safetensors file; where it is absent or broken, those of make(), which are kept there."""
+    """(tensors, metadata) of a safetensors file; if absent or broken, of make(), which are saved to it."""
     try:
         return load_safetensors(path)
     except BadInput:
         tensors, metadata = make()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}  # as from the file, to the strides
+    # Equal to those of the file, even in their strides.
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     if write:
         try:
             save_safetensors(path, tensors, metadata)

@@ -1,10 +1,10 @@
-"""LoRA training of a frozen network: MSDM's U-Net, Kandinsky 2.2's prior and decoder, the U-Net of 3.0. One loop.
+"""LoRA training of a frozen network: MSDM's U-Net, Kandinsky 2.2's prior and decoder, the U-Net of 3.0.
 
 LoRA     arXiv:2106.09685            (lora.py)
 CFG      arXiv:2207.12598  Algorithm 1, conditions dropped at random
 min-SNR  arXiv:2303.09556  Sec. 3.4  loss weights
 
-Everything that a step of Kandinsky reads is encoded once and kept in files; then the encoders are freed.
+One loop trains all four. Kandinsky's frozen encoders run once, before it; their output is kept in files.
 
     python finetune.py msdm --model runs/msdm/best.safetensors --data data/mine --out runs/adapter
     python finetune.py prior --model PRIOR_FOLDER --data data/mine --out runs/prior
@@ -31,7 +31,15 @@ import training
 from command import BadInput, run_command
 from diffusion import min_snr_weight, q_sample, target
 from files import cached, file_hash, folder_hash, read_json, text_hash
-from kandinsky import Kandinsky3, clip_black, clip_images, clip_texts, load_transformer, pad_texts, read_schedule
+from kandinsky import (
+    Kandinsky3,
+    clip_black,
+    clip_images,
+    clip_texts,
+    load_transformer,
+    pad_texts,
+    read_schedule,
+)
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers, lr_factor
@@ -40,20 +48,20 @@ from weights import fetch
 
 @dataclass
 class Task:
-    """A network with a fresh adapter and what it learns from."""
+    """A network with a fresh adapter, its objective and its validation batch."""
 
     network: nn.Module
     objective: object  # draw_batch(indices, generator) -> Batch, loss(part of it) -> scalar
-    n_images: int  # to train on; draw_batch takes indices below it
+    n_images: int  # training images; draw_batch takes indices below it
     held_out: training.Batch
-    save_samples: object = None  # save_samples(step), where the network can be sampled from alone
+    save_samples: object = None  # save_samples(step), if the network alone can generate images
 
 
 # MSDM's U-Net
 
 
 def msdm_task(args, world):
-    """(run, task) on a checkpoint of msdm.py, whose latents and captions are those of its own training."""
+    """(run, task) for a checkpoint of msdm.py; latents and captions are prepared as in its own training."""
     model = msdm.load(args.model, world.device)
     inject(model.unet, args)
     train, val, fingerprint = training.read_data(args)
@@ -63,89 +71,94 @@ def msdm_task(args, world):
     latents, train = msdm.latents_of(train, args, model.vae, sources, folder, world, args.jitter, args.views)
     val_latents, val = msdm.latents_of(val, args, model.vae, sources, folder, world)
     model.unet.to(memory_format=torch.channels_last)
-    objective = msdm.Objective(model, latents, msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond), args)
+    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
+    objective = msdm.Objective(model, latents, captions, args)
     return run, Task(model.unet, objective, len(train), objective.held_out(val_latents, val),
                      lambda step: msdm.save_samples(run, step, model, val, args))
 
 
-# Kandinsky: what its frozen encoders make of a data folder
+# Kandinsky: training data after the frozen encoders
 
 
 @dataclass
 class EncodedData:
-    """Training data behind the frozen encoders.
+    """Training data after the frozen encoders; a step draws one condition of each image."""
 
-    x_0 (n, ...): what is noised. conditions: tensors of what the network is given besides x_t and t, one condition a row;
-    row 0 is the pipeline's null condition. rows: the rows that describe each image; a step draws one of them.
-    """
-
-    x_0: torch.Tensor
-    conditions: tuple
-    rows: list
+    x_0: torch.Tensor  # (n, ...), float
+    conditions: tuple  # the inputs besides x_t and t, each (n_rows, ...); row 0 is the null condition
+    rows: list  # of each image, its rows of the conditions
 
     def draw(self, images, p_uncond, generator):
-        """A row for each image, row 0 with probability p_uncond (CFG, Algorithm 1)."""
-        drawn = [self.rows[i][int(torch.randint(len(self.rows[i]), (), generator=generator))] for i in images.tolist()]
+        """A row (b,) of each of the images (b,), row 0 with probability p_uncond (CFG, Algorithm 1)."""
+        own = [self.rows[i] for i in images.tolist()]
+        drawn = [rows[int(torch.randint(len(rows), (), generator=generator))] for rows in own]
         return torch.tensor(drawn).masked_fill(torch.rand(len(drawn), generator=generator) < p_uncond, 0)
 
     def condition(self, rows, device, dtype):
-        return [c.to(device, dtype if c.is_floating_point() else None) for c in (c[rows] for c in self.conditions)]
+        """The conditions of the rows (b,), floats in dtype."""
+        chosen = (c[rows] for c in self.conditions)
+        return [c.to(device, dtype if c.is_floating_point() else None) for c in chosen]
 
 
 @dataclass
 class EncoderCache:
-    """Runs the frozen encoders on readable images and their prompts once, and keeps their output in files."""
+    """Runs the frozen encoders once on the images and their prompts, and keeps their output in files."""
 
-    records: list
-    folder: Path
+    records: list  # with readable images
+    folder: Path  # of the files
     world: training.Distributed
     dtype: torch.dtype  # of the encoders
 
     def kept(self, name, key, make):
-        """make()'s tensors, from their file where there is one; key holds everything that they depend on."""
+        """The dict of tensors that make() returns, from its file if there is one; they depend only on key."""
         file = self.folder / f"{name}-{text_hash(*key)}.safetensors"
         return cached(file, lambda: (make(), None), self.world.is_main)[0]
 
     def prompts(self):
-        """The distinct prompts, the empty one first, and for each image the positions of its own among them."""
+        """(the distinct prompts, the empty one first; for each image the positions of its own in them)."""
         distinct = ["", *sorted({p for r in self.records for p in r.prompts} - {""})]
         position = {p: i for i, p in enumerate(distinct)}
         return distinct, [[position[p] for p in r.prompts] for r in self.records]
 
     def images(self, folder):
-        """CLIP embeddings (n + 1, d) of a black image, the decoder's null condition, and of the images."""
+        """CLIP embeddings (n + 1, d): of a zero image, the decoder's null condition, then of the images."""
         from transformers import CLIPVisionModelWithProjection
 
         def make():
-            encoder = load_transformer(CLIPVisionModelWithProjection, folder / "image_encoder", self.dtype).to(self.world.device)
-            transform = clip_preprocessor(folder / "image_processor")
+            encoder = load_transformer(CLIPVisionModelWithProjection, folder / "image_encoder", self.dtype)
+            encoder.to(self.world.device)
+            transform, n = clip_preprocessor(folder / "image_processor"), len(self.records)
             embeds = [clip_black(encoder)]
-            for part in tqdm(data.batches(len(self.records), 32), "image embeddings", disable=len(self.records) < 500):
+            for part in tqdm(data.batches(n, 32), "image embeddings", disable=n < 500):
                 pixels = [transform(data.open_image(r.path)) for r in self.records[part]]
                 embeds.append(clip_images(encoder, torch.stack(pixels)))
             return {"embeds": torch.cat(embeds)}
 
-        key = folder_hash(folder / "image_encoder"), folder_hash(folder / "image_processor"), data.fingerprint(self.records)
-        return self.kept("clip-images", (*key, self.dtype), make)["embeds"]
+        encoder, processor = folder_hash(folder / "image_encoder"), folder_hash(folder / "image_processor")
+        key = encoder, processor, data.fingerprint(self.records), self.dtype
+        return self.kept("clip-images", key, make)["embeds"]
 
     def latents(self, folder, network, size):
         """MoVQ latents (n, 4, h, w) of the images, padded to a square."""
         movq = load_movq(folder / "movq").requires_grad_(False)
         multiple = movq.factor * 2 ** (len(network.down) - 1)
         if size < 1 or size % multiple:
-            raise BadInput(f"--size {size} is not divisible by {multiple}: MoVQ and the U-Net halve the image so often")
+            message = f"is not divisible by {multiple}, the downsampling of MoVQ and the U-Net together"
+            raise BadInput(f"--size {size} {message}")
 
         def make():
             movq.to(self.world.device)
             images, _ = data.load_images(self.records, size, "pad", on_bad="raise")
             parts = tqdm(data.batches(len(images), 8), "latents", disable=len(images) < 500)
-            return {"z": torch.cat([movq.encode(data.to_float(images[part].to(self.world.device))) for part in parts])}
+            floats = (data.to_float(images[part].to(self.world.device)) for part in parts)
+            return {"z": torch.cat([movq.encode(img) for img in floats])}
 
-        return self.kept("latents", (folder_hash(folder / "movq"), data.fingerprint(self.records), size), make)["z"]
+        key = folder_hash(folder / "movq"), data.fingerprint(self.records), size
+        return self.kept("latents", key, make)["z"]
 
 
 def clip_preprocessor(folder):
-    """RGB image -> (3, s, s) for CLIP's image encoder: the short side becomes s, bicubic, and the centre is cut out."""
+    """Function from an RGB image to (3, s, s) for CLIP: short side to s (bicubic), centre crop, normalise."""
     c = read_json(folder / "preprocessor_config.json")
     size = c.get("size")
     side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
@@ -153,7 +166,8 @@ def clip_preprocessor(folder):
              **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), (True,))}
     wrong = [f"{k}={c.get(k)!r}" for k, v in fixed.items() if c.get(k) not in v]
     if not isinstance(side, int) or wrong:
-        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {', '.join(wrong or [f'size={size!r}'])}")
+        wrong = ", ".join(wrong or [f"size={size!r}"])
+        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {wrong}")
     mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
 
     def transform(img):
@@ -168,17 +182,19 @@ def clip_preprocessor(folder):
 
 @torch.no_grad()
 def prior_data(args, prior, folder, encoders):
-    """x_0: normalised image embeddings. Condition: CLIP embedding, token states and mask of one prompt."""
+    """x_0: normalised image embeddings (n, d). Conditions: CLIP embedding, states and mask of a prompt."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     prompts, rows = encoders.prompts()
 
     def make():
         tokenizer = load_transformer(CLIPTokenizer, folder / "tokenizer")
-        encoder = load_transformer(CLIPTextModelWithProjection, folder / "text_encoder", encoders.dtype).to(encoders.world.device)
+        encoder = load_transformer(CLIPTextModelWithProjection, folder / "text_encoder", encoders.dtype)
+        encoder.to(encoders.world.device)
         parts = tqdm(data.batches(len(prompts), 64), "text embeddings", disable=len(prompts) < 500)
-        found = [[x.cpu() for x in clip_texts(encoder, tokenizer, prompts[part])] for part in parts]
-        return dict(zip(("embeds", "states", "mask"), map(torch.cat, zip(*found, strict=True)), strict=True))
+        encoded = [[x.cpu() for x in clip_texts(encoder, tokenizer, prompts[part])] for part in parts]
+        embeds, states, mask = map(torch.cat, zip(*encoded, strict=True))
+        return {"embeds": embeds, "states": states, "mask": mask}
 
     key = folder_hash(folder / "text_encoder"), folder_hash(folder / "tokenizer"), *prompts, encoders.dtype
     texts = encoders.kept("clip-texts", key, make)
@@ -188,24 +204,26 @@ def prior_data(args, prior, folder, encoders):
 
 @torch.no_grad()
 def decoder_data(args, decoder, folder, encoders):
-    """x_0: MoVQ latents. Condition: the image's own CLIP embedding, not normalised."""
+    """x_0: MoVQ latents (n, 4, h, w). Condition: the image's own CLIP embedding, not normalised."""
     latents = encoders.latents(folder, decoder, args.size)
-    return EncodedData(latents, (encoders.images(fetch(args.prior)),), [[1 + i] for i in range(len(latents))])
+    embeds = encoders.images(fetch(args.prior))  # row 0: the null condition
+    return EncodedData(latents, (embeds,), [[1 + i] for i in range(len(latents))])
 
 
 @torch.no_grad()
 def unet3_data(args, unet, folder, encoders):
-    """x_0: MoVQ latents. Condition: T5 states of a prompt and its own length plus one, as in Kandinsky3.sample."""
+    """x_0: MoVQ latents (n, 4, h, w). Conditions: T5 states, mask, own length + 1 as in Kandinsky3.sample."""
     from transformers import AutoTokenizer
 
     latents = encoders.latents(folder, unet, args.size)
     prompts, rows = encoders.prompts()
     text_dtype = torch.float32 if encoders.dtype == torch.float32 else torch.bfloat16
-    pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, args.text_device or encoders.world.device,
-                          load_transformer(AutoTokenizer, folder / "tokenizer"), None)
+    text_device = args.text_device or encoders.world.device
+    tokenizer = load_transformer(AutoTokenizer, folder / "tokenizer")
+    pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
     pipeline.prepare(prompts, cache=encoders.folder)
     texts = [pipeline.texts[p] for p in prompts[1:]]
-    texts = [texts[0][:0], *texts]  # the null condition is zeros without a token
+    texts = [texts[0][:0], *texts]  # the null condition has no token
     lengths = torch.tensor([min(len(x) + 1, pipeline.n_tokens) for x in texts])
     return EncodedData(latents, (*pad_texts(texts, int(lengths.max())), lengths), rows)
 
@@ -214,19 +232,22 @@ def unet3_data(args, unet, folder, encoders):
 
 
 def loss_fn(network, x_0, condition, t, eps, alpha_bar, prediction, gamma):
-    """DDPM, Algorithm 1, for a network that predicts eps or x_0, with min-SNR weights; gamma 0 weights all times alike."""
+    """DDPM, Algorithm 1, for a network that predicts eps or x_0, with min-SNR weights: a scalar.
+
+    x_0 and eps (b, ...), t (b,), alpha_bar (T,); gamma 0 weights all times alike.
+    """
     a_t = alpha_bar[t].view(-1, *[1] * (x_0.ndim - 1))
     x_t = q_sample(x_0, a_t, eps)
     out = network(x_t.to(next(network.parameters()).dtype), t, *condition).float()
-    out = out[:, :x_0.shape[1]]  # behind the decoder's eps is its variance, which is not trained
-    error = (out - target(prediction, x_0, a_t, eps)).square().flatten(1).mean(dim=1)
+    out = out[:, :x_0.shape[1]]  # the decoder's variance, after its eps, is not trained
+    error = (out - target(prediction, x_0, a_t, eps)).square().flatten(1).mean(dim=1)  # (b,)
     if gamma:
         error = error * min_snr_weight(prediction, a_t.view(-1), gamma)
     return error.mean()
 
 
 class Objective:
-    """What a step draws from encoded data, and the loss of it. images: the indices to train on."""
+    """Draws the batches of encoded data and computes their loss. images: indices of the training images."""
 
     def __init__(self, network, encoded, images, schedule, args, device, dtype):
         self.network, self.encoded, self.images, self.args = network, encoded, images, args
@@ -234,25 +255,30 @@ class Objective:
         self.alpha_bar = schedule.alpha_bar.float().to(device)
 
     def draw_batch(self, indices, generator):
-        """Everything random of a step: times, noise, and which of an image's conditions it gets."""
+        """Everything random of a step: times, noise, and the condition of each image."""
         images = self.images[indices]
         t = torch.randint(len(self.alpha_bar), (len(images),), generator=generator)
         eps = torch.randn(len(images), *self.encoded.x_0.shape[1:], generator=generator)
-        return training.Batch(images=images, t=t, eps=eps, rows=self.encoded.draw(images, self.args.p_uncond, generator))
+        rows = self.encoded.draw(images, self.args.p_uncond, generator)
+        return training.Batch(images=images, t=t, eps=eps, rows=rows)
 
     def held_out(self, images):
         """A validation batch: each image with its first condition, at fixed times and noise."""
         t, eps = training.fixed_noise(len(images), self.encoded.x_0.shape[1:], len(self.alpha_bar))
-        return training.Batch(images=images, t=t, eps=eps, rows=torch.tensor([self.encoded.rows[i][0] for i in images.tolist()]))
+        rows = torch.tensor([self.encoded.rows[i][0] for i in images.tolist()])
+        return training.Batch(images=images, t=t, eps=eps, rows=rows)
 
     def loss(self, batch):
+        """loss_fn of a batch, or of a part of one."""
+        x_0 = self.encoded.x_0[batch.images].to(self.device)
+        condition = self.encoded.condition(batch.rows, self.device, self.dtype)
+        t, eps = batch.t.to(self.device), batch.eps.to(self.device)
         with training.autocast(self.device):
-            return loss_fn(self.network, self.encoded.x_0[batch.images].to(self.device),
-                           self.encoded.condition(batch.rows, self.device, self.dtype), batch.t.to(self.device),
-                           batch.eps.to(self.device), self.alpha_bar, self.prediction, self.args.min_snr_gamma)
+            return loss_fn(self.network, x_0, condition, t, eps, self.alpha_bar, self.prediction,
+                           self.args.min_snr_gamma)
 
 
-KANDINSKY = {  # folder of the network, its loader, what it learns from
+KANDINSKY = {  # folder of the network, its loader, its training data
     "prior": ("prior", load_prior, prior_data),
     "decoder": ("unet", load_decoder, decoder_data),
     "unet3": ("unet", load_unet3, unet3_data),
@@ -260,26 +286,29 @@ KANDINSKY = {  # folder of the network, its loader, what it learns from
 
 
 def kandinsky_task(args, world):
-    """(run, task) on a network of a published folder."""
+    """(run, task) for a network of a published folder."""
     auto = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     part, load, encode = KANDINSKY[args.network]
-    lora.config_of(args)  # refused before anything is read
+    lora.config_of(args)  # bad flags fail before anything is read
     folder = fetch(args.model)
     network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
     inject(network, args)
     records = data.read_folder(args.data, args.captions)
     splits = data.split(records)
-    _, readable = data.load_images(records, 1)  # names those that are not
+    _, readable = data.load_images(records, 1)  # warns of those that are not
     position = {r.name: i for i, r in enumerate(readable)}
-    images, val_images = (torch.tensor([position[r.name] for r in side if r.name in position]) for side in splits)
+    images, val_images = (torch.tensor([position[r.name] for r in side if r.name in position])
+                          for side in splits)
     if not len(images) or not len(val_images):
-        raise BadInput(f"{args.data}: {len(readable)} readable images, expected at least 2: one to learn from, one to check")
+        expected = "at least 2, for training and validation"
+        raise BadInput(f"{args.data}: {len(readable)} readable images, expected {expected}")
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(images) / (args.batch_size * world.size))
     settings = settings_of(args, dtype=str(dtype), weights=folder_hash(folder / part))
     run = training.Run(args.out, settings, data.fingerprint(records), world)
-    encoded = encode(args, network, folder, EncoderCache(readable, Path(args.cache or run.folder), world, dtype))
+    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype)
+    encoded = encode(args, network, folder, encoders)
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
     return run, Task(network, objective, len(images), objective.held_out(val_images))
@@ -299,7 +328,7 @@ def settings_of(args, **more):
 
 
 def train(args):
-    """Train an adapter on one network: args.network says which."""
+    """Train an adapter of args.network; checkpoints and logs go to the run folder args.out."""
     world = training.start(args.device)
     run, task = (msdm_task if args.network == "msdm" else kandinsky_task)(args, world)
     network, objective = task.network, task.objective
@@ -324,14 +353,15 @@ def train(args):
 
     start = run.restore(params, opt, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
-        run.log(step=0, val_loss=validate())  # of the base
+        run.log(step=0, val_loss=validate())  # the base's: B = 0
     network.train()
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
     for step in loop:
         indices = world.batch(task.n_images, args.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world, factor)
+        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
+                                         factor)
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
@@ -344,7 +374,7 @@ def train(args):
 # The command
 
 COMMON = {"steps": 10_000, "lr": 1e-4, "warmup": 0, "cosine": False, "ema_decay": 0.999}
-TRAINING = {  # what Kandinsky's flags mean when they are not given
+TRAINING = {  # defaults of Kandinsky's flags
     "prior": COMMON | {"batch_size": 32, "p_uncond": 0.1},
     "decoder": COMMON | {"batch_size": 8, "p_uncond": 0.0, "size": 512},
     "unet3": COMMON | {"batch_size": 8, "p_uncond": 0.1, "size": 256},
@@ -355,32 +385,35 @@ def add_kandinsky_flags(parser, flag, network):
     flag("ema_decay", "of the averaged adapter", type=float)
     flag("p_uncond", "share of conditions replaced by the null one", type=float)
     if network != "prior":
-        flag("size", "side of the images, pixels", type=int)
+        flag("size", "side of the images in pixels", type=int)
     if network == "decoder":
         parser.add_argument("--prior", required=True, help="prior folder of 2.2, for its image encoder")
     if network == "unet3":
-        parser.add_argument("--text-device", help="where the text encoder runs, when not on --device")
-    parser.add_argument("--min-snr-gamma", type=float, default=5.0, help="bound of the loss weights; 0 weights all times alike")
+        parser.add_argument("--text-device", help="device of the text encoder; None: --device")
+    parser.add_argument("--min-snr-gamma", type=float, default=5.0,
+                        help="bound of the loss weights; 0 weights all times alike")
     parser.add_argument("--epochs", type=float, help="passes over the images, instead of --steps")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the frozen weights; auto is bfloat16 on a GPU. Adapters are float32")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=network == "unet3",
-                        help="compute activations twice instead of keeping them")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                        default=network == "unet3",
+                        help="recompute activations in the backward pass to save memory")
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="Train a LoRA adapter of one network.")
     networks = parser.add_subparsers(dest="network", required=True)
-    for network, what, model, rank in (("msdm", "MSDM's U-Net", "checkpoint of msdm.py", 8),
-                                       ("prior", "the image prior of Kandinsky 2.2", "prior folder of 2.2", 128),
-                                       ("decoder", "the decoder of Kandinsky 2.2", "decoder folder of 2.2", 128),
-                                       ("unet3", "the U-Net of Kandinsky 3", "folder of 3.0", 128)):
-        text = f"Train an adapter of {what}: OUT/best and OUT/last. Values in brackets stand where a flag is not given."
+    for network, what, model, rank in (
+            ("msdm", "MSDM's U-Net", "checkpoint of msdm.py", 8),
+            ("prior", "the image prior of Kandinsky 2.2", "prior folder of 2.2", 128),
+            ("decoder", "the decoder of Kandinsky 2.2", "decoder folder of 2.2", 128),
+            ("unet3", "the U-Net of Kandinsky 3", "folder of 3.0", 128)):
+        text = f"Train an adapter of {what}: OUT/best and OUT/last. Defaults are in brackets."
         p = networks.add_parser(network, help=f"adapter of {what}", description=text,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         named = "" if network == "msdm" else ", or its name on the hub"
         p.add_argument("--model", required=True, help=f"{model}{named}: the frozen base")
-        p.add_argument("--cache", help="folder for what is encoded once; runs may share it; --out without it")
+        p.add_argument("--cache", help="folder for the encoders' output, which runs may share; None: --out")
         lora.add_flags(p, rank)
         flag = training.add_flags(p, msdm.TRAINING if network == "msdm" else {network: TRAINING[network]})
         if network == "msdm":

@@ -2,8 +2,9 @@
 
 Inception arXiv:1512.00567
 
-FID was defined on TensorFlow's graph of December 2015, 299 px, which is not torchvision's network: Inception below has
-its average pooling, its last maximum pooling and its 1,008 classes. ImageNetInception is torchvision's.
+FID was defined on TensorFlow's graph of December 2015, 299 px, which is not torchvision's network: Inception
+below has its average pooling, its last maximum pooling and its 1,008 classes. ImageNetInception is
+torchvision's.
 """
 
 import math
@@ -33,12 +34,12 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
     def fold(self):
-        """The norm's fixed scale and shift into the convolution: the same function, one pass over memory less."""
+        """Fold the norm into the convolution: the same function with one pass over memory less."""
         self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
 
 def avg_pool(x):
-    """3x3 mean over the pixels that exist: TensorFlow does not count the padding, torchvision's Inception does."""
+    """3x3 mean without the padding: TensorFlow does not count it, torchvision's Inception does."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -47,7 +48,7 @@ def max_pool(x):
 
 
 class InceptionA(nn.Module):
-    """35 x 35 (arXiv:1512.00567, Fig. 5)."""
+    """35 x 35, after arXiv:1512.00567, Fig. 5, with a 5x5 branch as in TensorFlow's graph."""
 
     def __init__(self, in_ch, pool_ch):
         super().__init__()
@@ -135,7 +136,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 x 8, branches that fan out (Fig. 7). The last block of the graph of 2015 pools by maximum, not by mean."""
+    """8 x 8, branches that fan out (Fig. 7). In the last block the graph of 2015 has maximum pooling."""
 
     def __init__(self, in_ch, pool):
         super().__init__()
@@ -164,8 +165,9 @@ class InceptionE(nn.Module):
 class Inception(nn.Module):
     """The FID network: uint8 (b, 3, h, w) of any size -> its features by width, and logits of 1,008 classes.
 
-    weights: a file in the published names, "rule" for random ones that a rule makes, a state dict, or None for the
-    published file, out of the user's cache or downloaded into it. `source` and `published` say what numbers rest on.
+    weights: a file in the published names, "rule" for random ones that a rule makes, a state dict, or None
+    for the published file, from the user's cache or downloaded into it. `source` names the weights (fill),
+    `published` is True for the published file.
     """
 
     def __init__(self, weights=None):
@@ -212,7 +214,8 @@ class Inception(nn.Module):
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
             features["2048"] = x.mean((2, 3))
             if self.fc is not None:
-                features["logits_unbiased"] = F.linear(features["2048"], self.fc.weight)    # for the Inception Score
+                # without the bias, for the Inception Score
+                features["logits_unbiased"] = F.linear(features["2048"], self.fc.weight)
                 features["logits"] = features["logits_unbiased"] + self.fc.bias
         return features
 
@@ -222,7 +225,7 @@ class ImageNetInception(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        from torchvision.models import inception_v3  # here, because FID need not pay its 150 MB of memory
+        from torchvision.models import inception_v3  # here, so that FID does not need its 150 MB of memory
 
         with torch.device("meta"):
             self.net = inception_v3(weights=None, aux_logits=False, init_weights=False)
@@ -232,13 +235,13 @@ class ImageNetInception(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images, resize="antialias"):
-        x = resized(images, resize, self.net.fc.weight.device) / 127.5 - 1      # as in training, and as Keras does
+        x = resized(images, resize, self.net.fc.weight.device) / 127.5 - 1  # as in its training, and Keras
         with no_tf32():
             return {"logits": self.net(x)}
 
 
 def no_tf32():
-    """cuDNN would else convolve with 10 bits of mantissa, and features differ from the CPU's in the third digit."""
+    """float32 convolutions: TF32, cuDNN's default, has 10 bits of mantissa and changes the third digit."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -257,7 +260,7 @@ def resized(images, how, device):
 
 
 def tf1_bilinear(x, size):
-    """TensorFlow 1's resize_bilinear: output i looks at input i * n / size; no half-pixel centres, no antialiasing."""
+    """TensorFlow 1's resize_bilinear: pixel i is at i * n / size, no half-pixel centres, no antialiasing."""
     for dim in (2, 3):
         n = x.shape[dim]
         where = torch.arange(size, device=x.device) * (n / size)
@@ -273,17 +276,18 @@ def tf1_bilinear(x, size):
 
 PUBLISHED = {
     "fid": {
-        "files": ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),    # one content
+        # two names of one content
+        "files": ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
         "url": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
         "sha256": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     },
     "imagenet": {
         "files": ("inception_v3_google-0cc3c7bd.pth",),
         "url": "https://download.pytorch.org/models/",
-        "sha256": "0cc3c7bd",                              # torchvision publishes the first digits, in the file's name
+        "sha256": "0cc3c7bd",                # torchvision publishes the first digits, in the file's name
     },
 }
-# The published file goes by torchvision's names. pytorch-fid's module holds the layers by position, without the logits
+# The published file has torchvision's names. pytorch-fid's module names layers by position and has no logits.
 BY_POSITION = {
     f"blocks.{block}.{i}.": f"{name}."
     for block, names in enumerate((
@@ -297,7 +301,7 @@ BY_POSITION = {
 
 
 def fill(net, weights, which):
-    """Fill a network on the meta device, strictly. Returns what its weights are: a SHA-256, "rule" or "state dict"."""
+    """Fill a network on the meta device, strictly. Returns the file's SHA-256, "rule" or "state dict"."""
     if isinstance(weights, dict):
         tensors, source, name = weights, "state dict", "weights"
     elif weights == "rule":
@@ -330,7 +334,7 @@ def fill(net, weights, which):
 
 
 def published_file(which):
-    """The published weights in torch's cache, where this field's libraries put them; downloaded when absent."""
+    """Path of the published weights in torch's cache, where other libraries put them too; else downloaded."""
     known = PUBLISHED[which]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for path in (folder / name for name in known["files"]):
@@ -344,7 +348,7 @@ def published_file(which):
                 with tqdm.wrapattr(out, "write", total=size, desc=path.name) as target:
                     shutil.copyfileobj(source, target)
             if file_hash(tmp) != known["sha256"]:
-                raise OSError("what came has another SHA-256")
+                raise OSError("the download has another SHA-256")
     except OSError as error:                                # URLError and time-outs are OSErrors
         raise BadInput(f"Inception weights: not in {folder} and the download failed ({error}); fetch {url} "
                        "elsewhere and put it there, or name it with --weights") from None
@@ -354,12 +358,13 @@ def published_file(which):
 def checked(path, sha256):
     found = file_hash(path)
     if not found.startswith(sha256):
-        raise BadInput(f"{path}: SHA-256 is {found}, expected {sha256}: delete it, it is not the published file")
+        raise BadInput(f"{path}: SHA-256 is {found}, expected {sha256}: "
+                       "delete it, it is not the published file")
     return path
 
 
 def rule_weights(state):
-    """Random weights for the same shapes: keys in sorted order, one generator seeded 0, activations of unit size."""
+    """Random weights of the same shapes: keys in sorted order, one generator seeded 0, He initialisation."""
     generator, weights = torch.Generator().manual_seed(0), {}
     for key in sorted(state):
         shape = state[key].shape

@@ -1,16 +1,16 @@
-"""What the metrics cannot see: does a picture show what its prompt said, is it of use, was it copied?
+"""Beyond the metrics: are images faithful to their prompts, useful as training data, or copies of it?
 
-faithfulness   a small classifier of the grammar's attributes, trained on real pictures, looks at generated ones.
-usefulness     GAN-train and GAN-test (Shmelkov et al. 2018, arXiv:1807.09536, Sec. 3): the same classifier trained on
-               generated pictures and tested on real ones, and the reverse.
-memorisation   the nearest training picture of each generated one, beside those of held-out real pictures; authenticity
-               (Alaa et al. 2022, arXiv:2102.08921).
+faithfulness   our attribute classifier (classifier.py), trained on real images, is applied to generated ones
+usefulness     GAN-train and GAN-test (Shmelkov et al. 2018, arXiv:1807.09536, Sec. 3): the same classifier
+               trained on generated images and tested on real ones, and the reverse
+memorisation   distance to the nearest training image, of generated and of held-out real images; authenticity
+               is of Alaa et al. 2022 (arXiv:2102.08921), the rule for "too close" and the verdict are ours
 
     python judges.py prompts --out prompts.csv
     python sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv --out out/faithfulness
     python judges.py faithfulness --real data/phantom --fake out/faithfulness
-    python judges.py usefulness --real data/phantom --fake out/pictures
-    python judges.py memorisation --train data/phantom --held-out data/phantom-test --fake out/pictures
+    python judges.py usefulness --real data/phantom --fake out/msdm
+    python judges.py memorisation --train data/phantom --held-out data/phantom-test --fake out/msdm
 """
 
 import argparse
@@ -45,7 +45,7 @@ from command import BadInput, best_device, run_command
 from files import replacing, write_json
 from inception import Inception
 
-MIN_EXAMPLES = 5        # training pictures below which a value is not judged
+MIN_EXAMPLES = 5        # training images below which a value is not judged
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
     "a polyp": [("polyp", "a polyp")],
@@ -61,8 +61,8 @@ SUMMARY = {             # rows of the short table: which values each pools
 }
 
 
-def asked(attributes: dict) -> list[tuple]:
-    """The values that a prompt asks for in so many words: "2 polyps" asks for a count, not for presence too."""
+def requested(attributes: dict) -> list[tuple]:
+    """The (attribute, value) pairs that a prompt names explicitly: "2 polyps" is a count, not presence."""
     a = attributes
     out = [("place", c) for c in a.get("abnormality_cells", ())] + [("size", s) for s in a.get("sizes", ())]
     out += [("colour", c) for c in a.get("colors", ())] + [("paris", p) for p in a.get("paris", ())]
@@ -81,13 +81,15 @@ def asked(attributes: dict) -> list[tuple]:
 
 # Counting
 
+
 def wilson(successes, n, z=1.959964):
-    """95 % interval of a share (Wilson 1927): stays inside [0, 1] and is honest for small n."""
+    """95 % interval of a proportion (Wilson 1927): it stays inside [0, 1] and holds for small n."""
     if n == 0:
         return 0.0, 1.0
     p, zz = successes / n, z * z / n
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, min(p, (middle - half) / (1 + zz))), min(1.0, max(p, (middle + half) / (1 + zz)))    # p: rounding
+    low, high = (middle - half) / (1 + zz), (middle + half) / (1 + zz)
+    return max(0.0, min(p, low)), min(1.0, max(p, high))                # p: rounding may leave it outside
 
 
 def share(hits, among):
@@ -96,26 +98,27 @@ def share(hits, among):
     return torch.where(n > 0, (hits & among).sum(0) / n, float("nan"))
 
 
-def report(shown, wanted, truth_real, shown_held_out, truth_held_out):
-    """Rows of the two tables, one for each of VALUES and one for each line of SUMMARY, and values too rare to judge.
+def report(predicted, targets, truth_real, predicted_held_out, truth_held_out):
+    """Rows of the two tables, by VALUES and by SUMMARY, and the names of values too rare to judge.
 
-    shown, wanted (n, values) bool: what the classifier sees in generated pictures, what their prompts asked for.
+    predicted, targets (n, values) bool: the classifier's output on generated images, the values that their
+    prompts name. truth_real, truth_held_out (n, values) int8: 1, 0 or UNKNOWN.
     """
     known = truth_held_out != UNKNOWN
-    accuracy = share(shown_held_out == (truth_held_out == 1), known)
-    seen = share(shown_held_out, truth_held_out == 1)
+    accuracy = share(predicted_held_out == (truth_held_out == 1), known)
+    sensitivity = share(predicted_held_out, truth_held_out == 1)
     chance = share(truth_real == 1, truth_real != UNKNOWN)
-    n, hits = wanted.sum(0), (shown & wanted).sum(0)
+    n, hits = targets.sum(0), (predicted & targets).sum(0)
     enough = (truth_real == 1).sum(0) >= MIN_EXAMPLES
 
     def row(name, columns, judged):
-        weight = n[columns] / n[columns].sum()                          # the mix that was asked for
+        weight = n[columns] / n[columns].sum()                          # the prompts' mix of values
         n_all, n_hits = int(n[columns].sum()), int(hits[columns].sum())
-        ever = ~seen[columns].isnan()                                   # values that a held-out picture shows
+        tested = ~sensitivity[columns].isnan()                          # values that a held-out image shows
         low, high = wilson(n_hits, n_all)
         return {"asked for": name, "n": n_all, "share": n_hits / n_all, "low": low, "high": high,
-                "seen": float((seen[columns] * weight)[ever].sum() / weight[ever].sum()), "accuracy": float(judged),
-                "chance": float((chance[columns] * weight).sum())}
+                "sensitivity": float((sensitivity[columns] * weight)[tested].sum() / weight[tested].sum()),
+                "accuracy": float(judged), "chance": float((chance[columns] * weight).sum())}
 
     rows = [{"attribute": attribute} | row(value, [i], accuracy[i])
             for i, (attribute, value) in enumerate(VALUES) if n[i] and enough[i]]
@@ -126,14 +129,14 @@ def report(shown, wanted, truth_real, shown_held_out, truth_held_out):
             judged = accuracy[columns].nanmean()
             if pairs[0][0] == "count":                                  # the whole count must be right
                 counts = SLICE["count"]
-                judged = share((shown_held_out[:, counts] & (truth_held_out[:, counts] == 1)).any(1),
+                judged = share((predicted_held_out[:, counts] & (truth_held_out[:, counts] == 1)).any(1),
                                known[:, counts].all(1))
             summary.append(row(name, columns, judged))
     return rows, summary, [f"{a} {v}" for i, (a, v) in enumerate(VALUES) if n[i] and not enough[i]]
 
 
 def print_table(rows, columns):
-    """columns: {heading: key of a row, or function of a row -> text}; text is flush left, numbers flush right."""
+    """columns: {heading: key of a row, or function row -> text}; text is flush left, numbers flush right."""
     def cell(row, column):
         value = column(row) if callable(column) else row[column]
         return ("-" if math.isnan(value) else f"{value:.3f}") if isinstance(value, float) else str(value)
@@ -142,7 +145,8 @@ def print_table(rows, columns):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [isinstance(c, str) and isinstance(rows[0][c], str) for c in columns.values()]
     for line in [lines[0], ["-" * w for w in widths], *lines[1:]]:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(line, widths, left, strict=True)]
+        cells = zip(line, widths, left, strict=True)
+        padded = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in cells)
         print("  ".join(padded).rstrip())
 
 
@@ -150,70 +154,75 @@ def interval(row):
     return f"{row['low']:.2f}-{row['high']:.2f}"
 
 
-def real_pictures(folder, held_out, size):
-    """(records, images, labels) of the pictures to train on and of those held out: 10 % unless a folder is given."""
+def real_images(folder, held_out, size):
+    """(records, images, labels), twice: to train on and held out, which are 10 % unless a folder is given."""
     train = data.read_folder(folder)
     train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
     return labelled(train, folder, size), labelled(rest, held_out or folder, size)
 
 
 def labelled(records, folder, size):
+    """(records that could be read, uint8 (n, 3, size, size), labels (n, values))."""
     images, records = data.load_images(records, size)
     return records, images, truth(records, folder)
 
 
 # Faithfulness
 
+
 def faithfulness(args):
-    """Per value: how many of the pictures whose prompt asks for it show it."""
+    """For each value: the share of images that show it, of those whose prompts ask for it."""
     fake_images, fake = data.load_images(data.read_folder(args.fake), args.size)
-    wanted = torch.zeros(len(fake), len(VALUES), dtype=torch.bool)
+    targets = torch.zeros(len(fake), len(VALUES), dtype=torch.bool)
     for i, record in enumerate(fake):
-        for pair in asked(merge([prompts.parse(p) for p in record.prompts])):
-            wanted[i, COLUMN[pair]] = True
-    if not wanted.any():
+        for pair in requested(merge([prompts.parse(p) for p in record.prompts])):
+            targets[i, COLUMN[pair]] = True
+    if not targets.any():
         raise BadInput(f"{args.fake}: no prompt asks for anything that is judged ({', '.join(ATTRIBUTES)}); "
                        f"the first is {fake[0].prompts[0]!r}")
-    real = real_pictures(args.real, args.held_out, args.size)
+    real = real_images(args.real, args.held_out, args.size)
     (train, images, labels), (held_out, held_out_images, held_out_labels) = real
     net = classifier_of(args.real, train, images, labels, args)
-    rows, summary, rare = report(predict(net, fake_images), wanted, labels,
+    rows, summary, rare = report(predict(net, fake_images), targets, labels,
                                  predict(net, held_out_images), held_out_labels)
-    protocol = {"real": str(args.real), "fake": str(args.fake), "held_out": str(args.held_out or "10 % of real"),
+    protocol = {"real": str(args.real), "fake": str(args.fake),
+                "held_out": str(args.held_out or "10 % of real"),
                 "n_train": len(train), "n_held_out": len(held_out), "n_fake": len(fake),
-                "n_fake_unjudged": int((~wanted.any(1)).sum()), "size": args.size, "steps": args.steps,
+                "n_fake_unjudged": int((~targets.any(1)).sum()), "size": args.size, "steps": args.steps,
                 "seed": args.seed}
-    print(f"{len(fake)} generated pictures of {args.fake}, "
+    print(f"{len(fake)} generated images of {args.fake}, "
           f"{protocol['n_fake_unjudged']} with prompts that ask for nothing judged\n"
-          f"{len(train)} real pictures of {args.real} to train on, {len(held_out)} held out; "
+          f"{len(train)} real images of {args.real} to train on, {len(held_out)} held out; "
           f"{args.size} px, seed {args.seed}\n")
-    columns = {"asked for": "asked for", "n": "n", "share": "share", "95 % interval": interval, "seen in real": "seen",
-               "accuracy": "accuracy", "chance": "chance"}
+    columns = {"asked for": "asked for", "n": "n", "share": "share", "95 % interval": interval,
+               "sensitivity": "sensitivity", "accuracy": "accuracy", "chance": "chance"}
     if rows:
         print_table(rows, {"attribute": "attribute"} | columns)
         print()
         print_table(summary, columns)
-        print("\nshare: of the n pictures whose prompt asks for it, those that show it, with Wilson's interval.\n"
-              "seen in real: the same of held-out real pictures that do show it: what perfect pictures would score.\n"
-              "accuracy: of all held-out real pictures, those that the classifier judges rightly.\n"
-              "chance: of the real pictures, those that show it: what pictures that ignore their prompts would score.")
+        print("\nshare: of the n images whose prompt asks for it, those that the classifier finds it in.\n"
+              "sensitivity: the same of held-out real images that show it: what perfect images would score.\n"
+              "accuracy: of all held-out real images, those that the classifier judges correctly.\n"
+              "chance: of the real images, those that show it: what images unrelated to prompts would score.")
     if rare:
-        print(f"not judged, fewer than {MIN_EXAMPLES} real pictures show it: {', '.join(rare)}")
+        print(f"not judged, fewer than {MIN_EXAMPLES} real images show it: {', '.join(rare)}")
     if args.json:
         write_json(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
 
 
 def evaluation_prompts(colors):
     """One prompt for each value of the faithfulness table."""
-    wanted = [{"n_polyps": 0}, {"contains": ["polyp"]}, *({"n_polyps": n} for n in (1, 2, 3)),
-              *({"abnormality_cells": [c]} for c in prompts.CELLS), *({"sizes": [s]} for s in prompts.SIZES),
-              {"n_instruments": 0}, {"n_instruments": 1}, {"box": True}, {"box": False}, {"text": True},
-              {"text": False},
-              *({"colors": [c]} for c in colors)]
-    return [prompts.write(a) for a in wanted]
+    attributes = [{"n_polyps": 0}, {"contains": ["polyp"]}, *({"n_polyps": n} for n in (1, 2, 3)),
+                  *({"abnormality_cells": [c]} for c in prompts.CELLS),
+                  *({"sizes": [s]} for s in prompts.SIZES),
+                  {"n_instruments": 0}, {"n_instruments": 1},
+                  {"box": True}, {"box": False}, {"text": True}, {"text": False},
+                  *({"colors": [c]} for c in colors)]
+    return [prompts.write(a) for a in attributes]
 
 
 def write_prompts(args):
+    """The evaluation prompts, each --per-value times, as a csv with the column Prompt."""
     lines = [p for p in evaluation_prompts(args.colors) for _ in range(args.per_value)]
     with replacing(args.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         csv.writer(f, lineterminator="\n").writerows([["Prompt"], *([p] for p in lines)])
@@ -222,47 +231,53 @@ def write_prompts(args):
 
 # Usefulness
 
+
 def usefulness(args):
-    """What a classifier learns from generated pictures beside what one learns from as many real ones, told as little."""
-    (train, images, labels), (held_out, test_images, test_labels) = real_pictures(args.real, args.held_out, args.size)
+    """Compare a classifier of generated images with one of as many real images, with as few prompts each."""
+    real = real_images(args.real, args.held_out, args.size)
+    (train, images, labels), (held_out, test_images, test_labels) = real
     fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
     on_all = classifier_of(args.real, train, images, labels, args)
     rng = random.Random(args.seed)
     n, n_prompts = min(len(train), len(fake)), round(sum(len(r.prompts) for r in fake) / len(fake))
     a, b = rng.sample(range(len(train)), n), rng.sample(range(len(fake)), n)
-    on_real = train_classifier(images[a], said([train[i] for i in a], n_prompts, rng), args.steps, args.seed, device=args.device)
+    few_labels = labels_from_prompts([train[i] for i in a], n_prompts, rng)
+    on_real = train_classifier(images[a], few_labels, args.steps, args.seed, device=args.device)
     on_fake = train_classifier(fake_images[b], fake_labels[b], args.steps, args.seed, device=args.device)
     rows = balanced_rows({"real-train": (predict(on_real, test_images), test_labels),
                           "GAN-train": (predict(on_fake, test_images), test_labels),
                           "real-test": (predict(on_all, test_images), test_labels),
                           "GAN-test": (predict(on_all, fake_images), fake_labels)})
     if not rows:
-        raise BadInput(f"{args.fake}: its prompts name no attribute that {args.real} knows, both present and absent")
-    print(f"{args.real}: {len(train)} real pictures, {len(held_out)} held out; {args.fake}: {len(fake)} generated ones, "
-          f"{n_prompts} prompt{'s' * (n_prompts > 1)} each; {args.size} px, {args.steps} steps, seed {args.seed}\n")
+        raise BadInput(f"{args.fake}: expected prompts with an attribute present in some images of both "
+                       f"folders and absent in others, as those of {args.real}")
+    print(f"{args.real}: {len(train)} real images, {len(held_out)} held out; "
+          f"{args.fake}: {len(fake)} generated images, {n_prompts} prompt{'s' * (n_prompts > 1)} each; "
+          f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
     print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})
-    print("\nBalanced accuracy, mean over the attribute's values: the share judged rightly of the pictures with a\n"
-          "value and of those without, averaged; 0.5 is chance.\n"
-          f"real-train, GAN-train: trained on {n} real and on {n} generated pictures, each known by as many prompts, and\n"
-          "tested on held-out real ones. real-test, GAN-test: trained on all real pictures and all that is known of them,\n"
-          "tested on held-out real and on generated ones.")
+    print("\nBalanced accuracy, mean over the attribute's values: the share judged correctly of the images\n"
+          "with a value and of those without, averaged; 0.5 is chance.\n"
+          f"real-train, GAN-train: trained on {n} real and on {n} generated images, each with labels from\n"
+          "as many prompts, and tested on held-out real ones. real-test, GAN-test: trained on all real\n"
+          "images with all their labels, tested on held-out real and on generated ones.")
     if args.json:
-        write_json(args.json, {"real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
-                                       "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
-                                       "steps": args.steps, "seed": args.seed, "attributes": rows})
+        write_json(args.json, {
+            "real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
+            "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
+            "steps": args.steps, "seed": args.seed, "attributes": rows})
 
 
-def said(records, n_prompts, rng):
-    """Labels of real pictures by n_prompts of their prompts alone: as little as is known of generated ones."""
+def labels_from_prompts(records, n_prompts, rng):
+    """Labels of real images from n_prompts of their prompts, as incomplete as those of generated ones."""
     some = [rng.sample(r.prompts, min(n_prompts, len(r.prompts))) for r in records]
     return torch.tensor([truth_row(merge([prompts.parse(p) for p in few])) for few in some], dtype=torch.int8)
 
 
 def balanced_rows(tests):
-    """{name: (shown, labels)} -> a row an attribute: its balanced accuracy in each, over values that all can test."""
+    """{name: (predicted, labels)} -> a row an attribute: balanced accuracy by name, over testable values."""
     scores = {}
-    for name, (shown, labels) in tests.items():
-        scores[name] = (share(shown, labels == 1) + share(~shown, labels == 0)) / 2
+    for name, (predicted, labels) in tests.items():
+        scores[name] = (share(predicted, labels == 1) + share(~predicted, labels == 0)) / 2
     testable = ~torch.stack(list(scores.values())).isnan().any(0)
     rows = []
     for attribute, span in SLICE.items():
@@ -275,74 +290,88 @@ def balanced_rows(tests):
 
 # Memorisation
 
+
 def memorisation(args):
-    """How close generated pictures come to training pictures, beside pictures that cannot have been copied from them."""
-    train = any_pictures(args.train)
-    train, held_out = (train, any_pictures(args.held_out)) if args.held_out else data.split(train)
+    """Distances of generated, held-out real and slightly altered training images to the training images.
+
+    "Too close" is our rule: a distance, or its ratio to the training image's distance to its own nearest
+    neighbour, below the 1 % quantile of held-out images. Authentic (Alaa et al.): a ratio above 1.
+    """
+    train = image_records(args.train)
+    train, held_out = (train, image_records(args.held_out)) if args.held_out else data.split(train)
     images, train = data.load_images(train, args.size)
-    others, held_out = data.load_images(held_out, args.size)
-    fake_images, fake = data.load_images(any_pictures(args.fake), args.size)
+    held_out_images, held_out = data.load_images(held_out, args.size)
+    fake_images, fake = data.load_images(image_records(args.fake), args.size)
     if len(train) < 2 or len(held_out) < 20:
-        raise BadInput(f"expected at least 2 training pictures and 20 held out, got {len(train)} of {args.train} "
-                       f"and {len(held_out)} of {args.held_out or args.train}")
+        raise BadInput(f"expected at least 2 training images and 20 held out, got {len(train)} "
+                       f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
     generator = torch.Generator().manual_seed(args.seed)
     some = torch.randperm(len(train), generator=generator)[:200]
     copies = augment(images[some], generator).round().clamp(0, 255).byte()
     named, embed = thumbnails_or_inception(args)
     known = features(embed, images, args.device)
-    radius = nearest(known, known, skip_self=True)[0].clamp_min(1e-12)  # distance of training pictures to each other
+    radius = nearest(known, known, skip_self=True)[0].clamp_min(1e-12)  # training image to its nearest other
     found = {"generated": nearest(features(embed, fake_images, args.device), known),
-             "held-out real": nearest(features(embed, others, args.device), known),
+             "held-out real": nearest(features(embed, held_out_images, args.device), known),
              "altered copies": nearest(features(embed, copies, args.device), known)}
     d, i = found["held-out real"]
-    near, near_for_its_place = d.quantile(0.01), (d / radius[i]).quantile(0.01)
+    near, near_ratio = d.quantile(0.01), (d / radius[i]).quantile(0.01)
     if near == 0:
-        raise BadInput(f"{args.held_out or args.train}: expected held-out pictures other than those to train on, "
-                       "1 % and more are the same")
+        raise BadInput(f"{args.held_out or args.train}: expected held-out images other than those to "
+                       "train on, 1 % and more are the same")
     rows = []
     for name, (d, i) in found.items():
-        close = (d < near) | (d / radius[i] < near_for_its_place)
+        close = (d < near) | (d / radius[i] < near_ratio)
         low, high = wilson(int(close.sum()), len(close))
-        rows.append({"pictures": name, "n": len(d), "too close": float(close.float().mean()), "low": low, "high": high,
-                     "authentic": float((d > radius[i]).float().mean()), "median distance": float(d.median())})
-    generated, real, altered = rows
-    verdict = ("COPIES: more generated pictures are too close than chance explains" if generated["low"] > real["high"] else
-               "cannot tell: not even altered copies stand out in these features" if altered["low"] <= real["high"] else
-               "SUSPICIOUS: more generated pictures are too close than held-out ones; too few are held out to be sure"
-               if generated["low"] > real["too close"] else
-               "no sign of copying: about as many generated pictures are too close as held-out ones")
-    print(f"{len(train)} training pictures of {args.train}; {args.size} px; distances of {named}\n")
-    print_table(rows, {"pictures": "pictures", "n": "n", "too close": "too close", "95 % interval": interval,
+        rows.append({"images": name, "n": len(d), "too close": float(close.float().mean()),
+                     "low": low, "high": high, "authentic": float((d > radius[i]).float().mean()),
+                     "median distance": float(d.median())})
+    conclusion = verdict(*rows)
+    print(f"{len(train)} training images of {args.train}; {args.size} px; distances of {named}\n")
+    print_table(rows, {"images": "images", "n": "n", "too close": "too close", "95 % interval": interval,
                        "authentic": "authentic", "median distance": "median distance"})
-    print(f"\ntoo close: nearer to a training picture than all but 1 % of held-out ones, below {near:.4g} or below "
-          f"{near_for_its_place:.4g} times\nthe distance from that training picture to its own nearest. "
+    print(f"\ntoo close: nearer to a training image than all but 1 % of held-out ones, below {near:.4g} or "
+          f"below {near_ratio:.4g} times\nthe distance from that training image to its own nearest. "
           "authentic: farther than once that distance.\n"
-          "altered copies: training pictures with other light, blur, noise and a pixel's shift: how copies would score.\n"
-          f"\n{verdict}")
+          "altered copies: training images with other light, blur, noise and a pixel's shift, as copies "
+          f"would score.\n\n{conclusion}")
     d, i = found["generated"]
-    order = torch.minimum(d / near, d / radius[i] / near_for_its_place).argsort()[:args.pairs].tolist()
+    order = torch.minimum(d / near, d / radius[i] / near_ratio).argsort()[:args.pairs].tolist()
     pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
               "ratio": float(d[j] / radius[i[j]])} for j in order]
     sheet = args.sheet or Path(args.fake) / "closest.png"
-    draw_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
+    write_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
     print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
     if args.json:
-        write_json(args.json, {"train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
-                                       "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
-                                       "near": float(near), "near_ratio": float(near_for_its_place), "verdict": verdict,
-                                       "flagged": verdict.startswith("COPIES"), "rows": rows, "pairs": pairs})
+        write_json(args.json, {
+            "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
+            "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
+            "near": float(near), "near_ratio": float(near_ratio), "verdict": conclusion,
+            "flagged": conclusion.startswith("COPIES"), "rows": rows, "pairs": pairs})
 
 
-def any_pictures(folder):
-    """The pictures of a data folder or of a plain one: what was said of them does not matter here."""
+def verdict(generated, real, altered):
+    """One line from the three rows of the table: the share "too close" with its Wilson interval (ours)."""
+    if generated["low"] > real["high"]:
+        return "COPIES: more generated images are too close than chance explains"
+    if altered["low"] <= real["high"]:
+        return "cannot tell: not even altered copies stand out in these features"
+    if generated["low"] > real["too close"]:
+        return ("SUSPICIOUS: more generated images are too close than held-out ones; "
+                "too few are held out to be sure")
+    return "no sign of copying: about as many generated images are too close as held-out ones"
+
+
+def image_records(folder):
+    """Records, without prompts, of the images of a data folder or of a plain folder."""
     return [data.Record(path, path.name, []) for path in metrics.image_files(folder)]
 
 
 def thumbnails_or_inception(args):
-    """(name, function uint8 images -> features) that distances are taken in.
+    """(name, function uint8 images -> features) of the space of the distances.
 
-    Features of the attribute classifier will not do: they forget what is no attribute. Of altered copies of phantoms 3 %
-    lay nearer than all but 1 % of held-out pictures in them, and all in thumbnails.
+    The attribute classifier's features are unsuitable, since they drop what is no attribute: of altered
+    copies of phantoms only 3 % lay nearer than all but 1 % of held-out images in them; in thumbnails all did.
     """
     if not args.weights:
         return "colour thumbnails of 16 x 16 at one brightness and contrast", thumbnails
@@ -351,6 +380,7 @@ def thumbnails_or_inception(args):
 
 
 def thumbnails(img):
+    """(n, 768) of unit length: the 16 x 16 means of each channel about their common mean (ours)."""
     x = F.adaptive_avg_pool2d(img.float(), 16).flatten(1)
     return F.normalize(x - x.mean(1, keepdim=True))
 
@@ -363,20 +393,20 @@ def features(embed, images, device, batch_size=64):
 
 
 def nearest(a, b, skip_self=False, chunk=1024):
-    """(distance, index) of the row of b nearest to each row of a; skip_self: a is b, and no row its own neighbour."""
+    """(distance, index) of the row of b nearest to each row of a; skip_self: a is b, its own row excluded."""
     index = []
     square = (b * b).sum(1)
     for i in range(0, len(a), chunk):
-        d = square - 2 * a[i:i + chunk] @ b.T                           # less |a|^2, which changes no order
+        d = square - 2 * a[i:i + chunk] @ b.T                           # |a|^2 would change no order
         if skip_self:
             d[range(len(d)), range(i, i + len(d))] = torch.inf
         index.append(d.argmin(1))
     index = torch.cat(index)
-    return (a - b[index]).norm(dim=1), index                            # afresh: the sum above rounds small distances
+    return (a - b[index]).norm(dim=1), index                            # anew: d above rounds small distances
 
 
-def draw_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
-    """Pairs of uint8 pictures beside each other, closest first, a number below each."""
+def write_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
+    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a number below each."""
     rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (2 * side + gap) + gap, rows * (side + line + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
@@ -391,8 +421,10 @@ def draw_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
 
 # Command line
 
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function, name, summary):
@@ -401,33 +433,33 @@ def main(argv=None):
         p.set_defaults(function=function)
         return p
 
-    def pictures(p, real, what, trains=True):
+    def common(p, real, what, trains=True):
         p.add_argument(real, type=Path, required=True, help=what)
-        p.add_argument("--fake", type=Path, required=True, help="generated pictures, as sampler.py wrote them")
-        p.add_argument("--held-out", type=Path, help=f"data folder of other real pictures; without it 10 %% of {real}")
-        p.add_argument("--size", type=int, default=64, help="side of the pictures as they are judged, pixels")
+        p.add_argument("--fake", type=Path, required=True, help="folder of generated images (sampler.py)")
+        p.add_argument("--held-out", type=Path, help=f"folder of other real images; unset, 10 %% of {real}")
+        p.add_argument("--size", type=int, default=64, help="side that images are resized to, pixels")
         if trains:
-            p.add_argument("--steps", type=int, default=1000, help="optimiser steps of the classifier, 64 pictures each")
+            p.add_argument("--steps", type=int, default=1000, help="optimiser steps, 64 images each")
         p.add_argument("--seed", type=int, default=0, help="seed of everything drawn at random")
         p.add_argument("--device", default="auto", help="cpu, cuda or auto")
         p.add_argument("--json", type=Path, help="file for every number of the tables")
 
-    p = command(faithfulness, "faithfulness", "how often generated pictures show what their prompts said")
-    pictures(p, "--real", "data folder that the classifier learns from, of another seed than the model's")
-    p.add_argument("--classifier", type=Path, help="file of the trained classifier; without it one beside --real")
-    p = command(usefulness, "usefulness", "what a classifier of generated pictures knows of real ones, and the reverse")
-    pictures(p, "--real", "data folder of real pictures")
-    p.add_argument("--classifier", type=Path, help="file of the classifier of all of them; without it one beside --real")
-    p = command(memorisation, "memorisation", "whether generated pictures are copies of training pictures")
-    pictures(p, "--train", "data folder that the model was trained on", trains=False)
-    p.add_argument("--weights", help='Inception features instead of thumbnails: a file of weights, or "published"')
-    p.add_argument("--sheet", type=Path, help="picture of the closest pairs; without it closest.png in --fake")
-    p.add_argument("--pairs", type=int, default=24, help="how many of the closest pairs to show")
-    p = command(write_prompts, "prompts", "the evaluation prompts of the faithfulness table, as a csv for sampler.py")
+    p = command(faithfulness, "faithfulness", "how often generated images show what their prompts ask for")
+    common(p, "--real", "data folder to train the classifier on, of another seed than the model's")
+    p.add_argument("--classifier", type=Path, help="file of the trained classifier; unset, one beside --real")
+    p = command(usefulness, "usefulness", "train on generated images and test on real ones, and the reverse")
+    common(p, "--real", "data folder of real images")
+    p.add_argument("--classifier", type=Path, help="file of their classifier; unset, one beside --real")
+    p = command(memorisation, "memorisation", "whether generated images are copies of training images")
+    common(p, "--train", "data folder that the model was trained on", trains=False)
+    p.add_argument("--weights", help='Inception, not thumbnails, as features: a weights file or "published"')
+    p.add_argument("--sheet", type=Path, help="image file of the closest pairs; unset, closest.png in --fake")
+    p.add_argument("--pairs", type=int, default=24, help="number of closest pairs to show")
+    p = command(write_prompts, "prompts", "write the evaluation prompts of faithfulness as a csv file")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
-    p.add_argument("--per-value", type=int, default=20, help="prompts for each value asked for")
-    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"], choices=prompts.COLORS,
-                   metavar="COLOR", help="colours to ask for: those of the phantom")
+    p.add_argument("--per-value", type=int, default=20, help="number of prompts for each value")
+    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"],
+                   choices=prompts.COLORS, metavar="COLOR", help="colours to write prompts for")
     args = parser.parse_args(argv)
     if "device" in args:
         args.device = best_device(args.device)

@@ -4,8 +4,9 @@ Kandinsky            arXiv:2310.03502            2.x: text -> CLIP image embeddi
 Kandinsky 3          arXiv:2312.03511            text -> T5 states -> MoVQ latent -> image
 Dynamic thresholding arXiv:2205.11487  Sec. 2.3  (Imagen)
 
-The networks are in kandinsky_networks.py, their autoencoder in movq.py, the equations in diffusion.py. Both pipelines
-have the surface that sampler.py knows: defaults, T, networks, prepare(prompts), sample_batch(prompts, seeds, ...).
+The networks are in kandinsky_networks.py, their autoencoder in movq.py, the equations in diffusion.py. Both
+pipelines have the interface of sampler.py: defaults, T, networks, prepare(prompts), sample_batch(prompts,
+seeds, ...). The reference, below, is the published implementation: a seed of it gives the same image here.
 """
 
 import math
@@ -27,45 +28,50 @@ from lora import load as load_adapter
 from movq import load_movq
 from weights import check_config, fetch
 
-# Schedules: what a published scheduler_config.json says, in terms of diffusion.py
+# Schedules: a published scheduler_config.json in terms of diffusion.py
 
 
 @dataclass
 class Schedule:
-    alpha_bar: torch.Tensor
+    """The noise schedule of a network, what it predicts, and how its prediction is turned into x_0."""
+
+    alpha_bar: torch.Tensor  # (T,) float64
     prediction: str  # "eps" or "x_0": what the network predicts
-    clip: float | None  # x_0 is cut to [-clip, clip]
-    threshold: tuple[float, float] | None  # dynamic thresholding instead: the quantile of |x_0|, and the largest bound
+    clip: float | None  # x_0 is clamped to [-clip, clip]
+    threshold: tuple[float, float] | None  # dynamic thresholding instead: quantile of |x_0|, largest bound
     learned_variance: bool
     spacing: str
     offset: int
-    unclip: bool  # from the scheduler of that name, which rounds in a way of its own
+    unclip: bool  # published for UnCLIPScheduler, which rounds differently
 
     def timesteps(self, steps):
+        """(steps,) int64, descending; BadInput if the schedule has fewer times."""
         if not 1 <= steps <= len(self.alpha_bar):
             raise BadInput(f"--steps {steps}: expected 1 to {len(self.alpha_bar)}")
         return diffusion.timesteps(len(self.alpha_bar), steps, self.spacing, self.offset)
 
     def bound(self, x_0):
+        """x_0 clamped, dynamically thresholded, or as it is."""
         if self.threshold is not None:
             return dynamic_threshold(x_0, *self.threshold)
         return x_0 if self.clip is None else x_0.clamp(-self.clip, self.clip)
 
 
 def dynamic_threshold(x_0, quantile, largest):
-    """Cut x_0 to [-s, s] and divide by s, the quantile of its absolute values, at least 1 (Imagen, Sec. 2.3)."""
+    """Clamp x_0 to [-s, s] and divide by s, a quantile of |x_0| per image, at least 1 (Imagen, Sec. 2.3)."""
     s = torch.quantile(x_0.flatten(1).abs(), quantile, dim=1).clamp(1, largest)
     s = s.view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-s, s) / s
 
 
 def read_schedule(folder):
-    """The Schedule of a folder with scheduler_config.json."""
+    """The Schedule of a folder with scheduler_config.json; BadInput for settings that are not supported."""
     path = Path(folder) / "scheduler_config.json"
     config = read_json(path)
     names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     predictions = {"epsilon": "eps", "sample": "x_0"}
-    variances = ("fixed_small", "fixed_small_log", "learned_range")  # the first two are one: the posterior's variance
+    # Both fixed ones are the variance of the posterior.
+    variances = ("fixed_small", "fixed_small_log", "learned_range")
     unclip = config.get("_class_name") == "UnCLIPScheduler"
     c = check_config(
         config, path, "UnCLIPScheduler" if unclip else "DDPMScheduler",
@@ -75,35 +81,43 @@ def read_schedule(folder):
                   "sample_max_value": 1.0, "variance_type": "fixed_small_log" if unclip else "fixed_small",
                   "timestep_spacing": "linspace" if unclip else "leading", "steps_offset": 0},
         allowed={"trained_betas": (None,), "rescale_betas_zero_snr": (False,)})
-    for key, known in (("beta_schedule", names), ("prediction_type", predictions), ("variance_type", variances),
-                       ("timestep_spacing", ("leading", "trailing", "linspace"))):
-        if c[key] not in known:
-            raise BadInput(f"{path}: not supported: {key}={c[key]!r}, expected one of {', '.join(known)}")
-    alpha_bar = diffusion.schedule(names[c["beta_schedule"]], c["num_train_timesteps"], c["beta_start"], c["beta_end"])
-    return Schedule(alpha_bar, predictions[c["prediction_type"]], c["clip_sample_range"] if c["clip_sample"] else None,
-                    (c["dynamic_thresholding_ratio"], c["sample_max_value"]) if c["thresholding"] else None,
-                    c["variance_type"] == "learned_range", c["timestep_spacing"], c["steps_offset"], unclip)
+    for key, supported in (("beta_schedule", names), ("prediction_type", predictions),
+                           ("variance_type", variances),
+                           ("timestep_spacing", ("leading", "trailing", "linspace"))):
+        if c[key] not in supported:
+            raise BadInput(f"{path}: not supported: {key}={c[key]!r}, expected one of {', '.join(supported)}")
+    threshold = c["dynamic_thresholding_ratio"], c["sample_max_value"]
+    return Schedule(
+        alpha_bar=diffusion.schedule(names[c["beta_schedule"]], c["num_train_timesteps"], c["beta_start"],
+                                     c["beta_end"]),
+        prediction=predictions[c["prediction_type"]],
+        clip=c["clip_sample_range"] if c["clip_sample"] else None,
+        threshold=threshold if c["thresholding"] else None,
+        learned_variance=c["variance_type"] == "learned_range",
+        spacing=c["timestep_spacing"], offset=c["steps_offset"], unclip=unclip)
 
 
-# Sampling: the reference's rounding, or the solvers of diffusion.py
+# Sampling: with the reference's rounding, or with the solvers of diffusion.py
 
 
 def in_its_dtype(network):
-    """The network, called with inputs of any floating dtype; its output is float32."""
+    """The network as a function whose inputs are cast to its dtype and whose output is float32."""
     dtype = next(network.parameters()).dtype
     return lambda x_t, t, *condition: network(
         x_t.to(dtype), t, *(c.to(dtype) if c.is_floating_point() else c for c in condition)).float()
 
 
 def denoiser_of(predict, schedule, alpha_bar, times):
-    return denoiser(predict, alpha_bar, schedule.prediction, schedule.bound, times if schedule.learned_variance else None)
+    """diffusion.denoiser with the prediction type, bound and variance of a Schedule."""
+    times = times if schedule.learned_variance else None
+    return denoiser(predict, alpha_bar, schedule.prediction, schedule.bound, times)
 
 
 def reference_ddpm(predict, schedule, timesteps, x_t, noise):
     """diffusion.ddpm with the reference's float32 rounding, operation by operation.
 
-    In exact arithmetic they are the same. But a network may amplify the last bit of x_T to 1 % of the picture, and then
-    only this gives the picture of a seed published elsewhere.
+    In exact arithmetic they are equal. But a network may amplify the last bit of x_T to 1 % of the image, and
+    then only this reproduces the image of a seed published elsewhere.
     """
     beta = (1 - schedule.alpha_bar / F.pad(schedule.alpha_bar[:-1], (1, 0), value=1)).float()
     alpha_bar = torch.cumprod(1 - beta, dim=0)
@@ -113,17 +127,20 @@ def reference_ddpm(predict, schedule, timesteps, x_t, noise):
         s = int(timesteps[i + 1]) if i + 1 < len(timesteps) else -1
         a_t, a_s = alpha_bar[t], alpha_bar[s] if s >= 0 else one
         x_0, log_variance = denoise(x_t, t)
-        # The older scheduler takes beta from its table between neighbours: 1.0006 x_0 instead of x_0 in the last step.
+        # UnCLIPScheduler reads beta from its table if s = t - 1: its last step gives 1.0006 x_0, not x_0.
         beta_t = beta[t] if schedule.unclip and s == t - 1 else 1 - a_t / a_s
         x_t = a_s.sqrt() * beta_t / (1 - a_t) * x_0 + (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * x_t
         if s >= 0:
-            sigma = ((1 - a_s) / (1 - a_t) * beta_t).sqrt() if log_variance is None else (0.5 * log_variance).exp()
+            if log_variance is None:
+                sigma = ((1 - a_s) / (1 - a_t) * beta_t).sqrt()
+            else:
+                sigma = (0.5 * log_variance).exp()
             x_t = x_t + sigma * noise()
     return x_t
 
 
 def solve(predict, schedule, steps, solver, draw, shape, device):
-    """x_0 of the given shape; x_T and every step's noise are drawn in order. solver: one of SOLVERS or reference."""
+    """x_0 of the given shape; draw(*shape) gives x_T, then the noise. solver: of SOLVERS, or "reference"."""
     times = schedule.timesteps(steps)
 
     def noise():
@@ -137,22 +154,23 @@ def solve(predict, schedule, steps, solver, draw, shape, device):
 
 
 def latent_shape(n, height, width, s):
-    """The reference's latent: whole blocks of s x s pixels, s cells each, at least as large as the picture asked for."""
+    """Shape of n images' latents as in the reference: sides ceil(pixels / s^2) * s, s MoVQ's factor."""
     return n, 4, math.ceil(height / s**2) * s, math.ceil(width / s**2) * s
 
 
 def one_image_at_a_time_on_cpu(sample_batch):
-    """Float sums depend on the batch size; on a CPU, where a batch gains next to nothing, images are computed one by one."""
+    """Float sums depend on the batch size; on a CPU, where batches gain little, compute one by one (ours)."""
     def sample(self, prompts, seeds, *args, **kwargs):
         if self.device.type != "cpu":
             return sample_batch(self, prompts, seeds, *args, **kwargs)
-        return torch.cat([sample_batch(self, [p], [s], *args, **kwargs) for p, s in zip(prompts, seeds, strict=True)])
+        pairs = zip(prompts, seeds, strict=True)
+        return torch.cat([sample_batch(self, [p], [s], *args, **kwargs) for p, s in pairs])
 
     return sample
 
 
 def load_transformer(cls, folder, dtype=None):
-    """A tokenizer, or a text or image encoder, frozen, of transformers from a folder."""
+    """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails."""
     try:
         if dtype is None:
             return cls.from_pretrained(folder, local_files_only=True)
@@ -166,7 +184,7 @@ def load_transformer(cls, folder, dtype=None):
 
 
 def clip_texts(text_encoder, tokenizer, prompts):
-    """(text embedding (b, d), states (b, 77, d), mask (b, 77)); the text encoder itself sees no mask."""
+    """(text embeddings (b, d), states (b, 77, d), mask (b, 77)); CLIP's text encoder itself gets no mask."""
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                        return_tensors="pt").to(text_encoder.device)
     out = text_encoder(tokens.input_ids)
@@ -174,29 +192,30 @@ def clip_texts(text_encoder, tokenizer, prompts):
 
 
 def clip_images(image_encoder, pixels):
-    """CLIP embedding (b, d) of pictures as CLIP wants them."""
+    """CLIP embeddings (b, d) of images (b, 3, s, s) that are preprocessed for CLIP."""
     return image_encoder(pixels.to(image_encoder.device, image_encoder.dtype)).image_embeds
 
 
 def clip_black(image_encoder):
-    """The embedding (1, d) of zeros, the decoder's null condition."""
+    """CLIP embedding (1, d) of a zero image, the decoder's null condition."""
     size = image_encoder.config.image_size
     return clip_images(image_encoder, torch.zeros(1, 3, size, size))
 
 
 class Kandinsky22:
-    """text -> image embedding -> image. embed and decode repeat the reference seed for seed; sample is for use."""
+    """text -> image embedding -> image. embed and decode reproduce the reference; sample has our seeds."""
 
     defaults = {"steps": 50, "guidance": 4.0, "height": 512, "width": 512}
 
-    def __init__(self, prior, prior_schedule, text_encoder, tokenizer, image_encoder, decoder, decoder_schedule, movq):
+    def __init__(self, prior, prior_schedule, text_encoder, tokenizer, image_encoder, decoder,
+                 decoder_schedule, movq):
         self.prior, self.prior_schedule = prior, prior_schedule
         self.text_encoder, self.tokenizer, self.image_encoder = text_encoder, tokenizer, image_encoder
         self.decoder, self.decoder_schedule, self.movq = decoder, decoder_schedule, movq
 
     @classmethod
     def from_pretrained(cls, prior, decoder, prior_lora=None, decoder_lora=None, dtype=torch.float32):
-        """prior, decoder: published folders or names on the hub; adapters: PEFT folders. MoVQ stays in float32."""
+        """prior, decoder: published folders or hub names. Adapters: PEFT folders. MoVQ stays float32."""
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
         prior, decoder = fetch(prior), fetch(decoder)
@@ -221,7 +240,7 @@ class Kandinsky22:
 
     @property
     def networks(self):
-        """What adapters may be on."""
+        """The networks that may carry adapters."""
         return [self.prior, self.decoder]
 
     @property
@@ -235,48 +254,55 @@ class Kandinsky22:
         return clip_texts(self.text_encoder, self.tokenizer, prompts)
 
     def embed(self, prompts, steps=25, guidance=4.0, generator=None, negative_prompt=None):
-        """(image embeddings, negative ones), both (b, d), drawn from one generator."""
+        """(image embeddings, negative ones), both (b, d), denormalised; the noise is of one generator."""
         draw = partial(torch.randn, generator=generator)
         return self._embed(prompts, steps, guidance, draw, negative_prompt, "reference")
 
     @torch.inference_mode()
     def _embed(self, prompts, steps, guidance, draw, negative_prompt, solver):
-        # A negative prompt gets an image embedding of its own from the same run; without one a black picture's serves.
+        # A negative prompt gets embeddings from the same run; without one a zero image's is used.
         n, negative = len(prompts), [] if negative_prompt is None else [negative_prompt] * len(prompts)
-        everything = [*prompts, *negative]
-        null = self.encode_text([negative_prompt or ""] * len(everything))
-        predict = guided(in_its_dtype(self.prior), self.encode_text(everything), null, guidance)
-        shape = (len(everything), self.prior.clip_mean.shape[-1])
-        embeds = self.prior.denormalise(solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device))
+        texts = [*prompts, *negative]
+        null = self.encode_text([negative_prompt or ""] * len(texts))
+        predict = guided(in_its_dtype(self.prior), self.encode_text(texts), null, guidance)
+        shape = (len(texts), self.prior.clip_mean.shape[-1])
+        x_0 = solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device)
+        embeds = self.prior.denormalise(x_0)
         if negative:
             return embeds[:n], embeds[n:]
         return embeds, clip_black(self.image_encoder).expand_as(embeds)
 
     def decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, generator):
-        """Pictures (b, 3, height, width) in about [-1, 1], drawn from one generator."""
+        """Images (b, 3, h, w) in about [-1, 1], not clamped; all noise comes from one generator.
+
+        h and w are height and width rounded up to whole latent cells (latent_shape).
+        """
         draw = partial(torch.randn, generator=generator)
-        return self._decode(image_embeds, negative_image_embeds, steps, guidance, height, width, draw, "reference")
+        embeds = image_embeds, negative_image_embeds
+        return self._decode(*embeds, steps, guidance, height, width, draw, "reference")
 
     @torch.inference_mode()
     def _decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, draw, solver):
         shape = latent_shape(len(image_embeds), height, width, self.movq.factor)
         predict = guided(in_its_dtype(self.decoder), (image_embeds,), (negative_image_embeds,), guidance)
 
-        def eps_and_variance(x_t, t):  # guidance is for eps; the variance is that of the condition
-            out, cond = predict(x_t, t)
+        def eps_and_variance(x_t, t):  # guidance acts on eps only; the variance is the conditional one
+            out, cond = predict(x_t, t)  # (b, 8, h, w) each
             return out[:, :4], cond[:, 4:]
 
-        return self.movq.decode(solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device))
+        z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device)
+        return self.movq.decode(z)
 
-    def sample(self, prompts, seed=0, steps=50, guidance=4.0, height=512, width=512, batch_size=16, **settings):
-        """uint8 (b, 3, h, w); image i depends on its prompt and on seed + i alone. settings: see sample_batch."""
+    def sample(self, prompts, seed=0, steps=50, guidance=4.0, height=512, width=512, batch_size=16,
+               **settings):
+        """uint8 (b, 3, h, w); image i depends only on its prompt and seed + i. settings: of sample_batch."""
         settings |= {"steps": steps, "guidance": guidance, "height": height, "width": width}
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, **settings)
 
     @one_image_at_a_time_on_cpu
-    def sample_batch(self, prompts, seeds, steps=50, solver="ddpm", guidance=4.0, negative_prompt="", height=512, width=512,
-                     prior_steps=25):
-        """One batch: a prompt and a seed for each picture. steps are the decoder's."""
+    def sample_batch(self, prompts, seeds, steps=50, solver="ddpm", guidance=4.0, negative_prompt="",
+                     height=512, width=512, prior_steps=25):
+        """uint8 (b, 3, h, w) of b prompts and b seeds. steps are the decoder's."""
         draw = seeded_noise(seeds)
         embeds = self._embed(prompts, prior_steps, guidance, draw, negative_prompt or None, solver)
         return to_uint8(self._decode(*embeds, steps, guidance, height, width, draw, solver))
@@ -286,9 +312,10 @@ class Kandinsky22:
 
 
 class Kandinsky3:
-    """text -> T5 states -> image. generate repeats the reference seed for seed; sample is for use.
+    """text -> T5 states -> image. generate reproduces the reference; sample has our seeds.
 
-    The text encoder is the largest part by far: it is loaded when it is needed, and sample frees it before it draws.
+    The text encoder is by far the largest part: it is loaded when it is needed, and sample frees it before
+    the U-Net runs.
     """
 
     n_tokens = 128
@@ -301,7 +328,7 @@ class Kandinsky3:
 
     @classmethod
     def from_pretrained(cls, folder, lora=None, dtype=torch.float32, text_device=None):
-        """A published folder or a name on the hub; lora: a PEFT folder. MoVQ stays in float32, T5 is never in float16."""
+        """A published folder or hub name; lora: a PEFT folder. MoVQ stays float32, T5 is never float16."""
         from transformers import AutoTokenizer
 
         folder = fetch(folder)
@@ -318,7 +345,7 @@ class Kandinsky3:
 
     @property
     def networks(self):
-        """What adapters may be on."""
+        """The networks that may carry adapters."""
         return [self.unet]
 
     @property
@@ -332,26 +359,28 @@ class Kandinsky3:
 
     @torch.inference_mode()
     def encode_text(self, prompts):
-        """T5 states of each prompt's own tokens: a list of (n, d)."""
+        """T5 states of each prompt without padding: a list of (n, d)."""
         from transformers import T5EncoderModel
 
         if self.text_encoder is None:
             self.text_encoder = load_transformer(T5EncoderModel, self.text_folder, self.text_dtype)
             self.text_encoder.to(self.text_device or self.device)
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.n_tokens, truncation=True,
-                                return_tensors="pt").to(self.text_encoder.device)
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.n_tokens,
+                                truncation=True, return_tensors="pt").to(self.text_encoder.device)
         states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return [s[m.bool()] for s, m in zip(states, tokens.attention_mask, strict=True)]
 
     def prepare(self, prompts, cache=None, batch_size=16):
-        """Put the states of the distinct prompts that are not known yet into self.texts, on the CPU; then free the encoder.
+        """Add the T5 states of prompts that self.texts lacks, on the CPU; then free the text encoder.
 
-        cache: a folder that keeps them, for this text encoder and dtype.
+        cache: a folder for a file of the states, named after the text encoder and its dtype.
         """
         file, kept = None, {}
         if cache is not None:
-            weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.text_folder.iterdir())
-            file = Path(cache) / f"t5-{text_hash(self.text_folder.resolve(), weights, self.text_dtype)}.safetensors"
+            stats = ((f.name, f.stat()) for f in self.text_folder.iterdir())
+            weights = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+            key = text_hash(self.text_folder.resolve(), weights, self.text_dtype)
+            file = Path(cache) / f"t5-{key}.safetensors"
             kept = load_safetensors(file)[0] if file.is_file() else {}
             self.texts |= {p: kept[text_hash(p)] for p in prompts if text_hash(p) in kept}
         missing = sorted({p for p in prompts if p} - self.texts.keys())
@@ -364,11 +393,12 @@ class Kandinsky3:
         if file is not None and missing:
             save_safetensors(file, kept | {text_hash(p): self.texts[p] for p in missing})
 
-    def generate(self, prompts, steps=25, guidance=4.0, height=1024, width=1024, generator=None, negative_prompt=None):
-        """Pictures (b, 3, height, width) in about [-1, 1], drawn from one generator.
+    def generate(self, prompts, steps=25, guidance=4.0, height=1024, width=1024, generator=None,
+                 negative_prompt=None):
+        """Images (b, 3, h, w) in about [-1, 1], not clamped; all noise comes from one generator.
 
-        As in the reference the texts of a batch are cut to its longest plus one and the pooled text is a mean over what
-        is left, so a picture depends on its batch.
+        h and w are height and width rounded up to multiples of 64. As in the reference, the texts of a batch
+        are cut to its longest plus one and pooled by a mean over that length: an image depends on its batch.
         """
         texts = self.encode_text(prompts)
         null = None if negative_prompt is None else self.encode_text([negative_prompt])[0]
@@ -377,32 +407,38 @@ class Kandinsky3:
 
     @torch.inference_mode()
     def _generate(self, texts, null, own_length, steps, guidance, height, width, draw, solver):
-        nulls = [texts[0][:0] if null is None else null] * len(texts)  # the null condition is zeros without a token
+        nulls = [texts[0][:0] if null is None else null] * len(texts)  # the null condition has no token
         lengths = [[min(len(x) + 1, self.n_tokens) for x in row] for row in (texts, nulls)]
         n = max(lengths[0] + lengths[1]) if own_length else max(lengths[0])
-        cond, null = ((*pad_texts(row, n), torch.tensor(length)) for row, length in zip((texts, nulls), lengths, strict=True))
+        cond, null = ((*pad_texts(row, n), torch.tensor(length))  # (b, n, d), (b, n), (b,)
+                      for row, length in zip((texts, nulls), lengths, strict=True))
         cond, null = ([x.to(self.device) for x in row[:3 if own_length else 2]] for row in (cond, null))
         predict = guided(in_its_dtype(self.unet), cond, null, guidance)
         shape = latent_shape(len(texts), height, width, 8)
         return self.movq.decode(solve(predict, self.schedule, steps, solver, draw, shape, self.device))
 
-    def sample(self, prompts, seed=0, steps=25, guidance=4.0, height=1024, width=1024, batch_size=16, **settings):
-        """uint8 (b, 3, h, w); picture i depends on its prompt and on seed + i alone. settings: see sample_batch."""
+    def sample(self, prompts, seed=0, steps=25, guidance=4.0, height=1024, width=1024, batch_size=16,
+               **settings):
+        """uint8 (b, 3, h, w); image i depends only on its prompt and seed + i. settings: of sample_batch.
+
+        To that end the text is pooled over each prompt's own length plus one, not over the batch's (ours).
+        """
         self.prepare([*prompts, settings.get("negative_prompt", "")], batch_size=batch_size)
         settings |= {"steps": steps, "guidance": guidance, "height": height, "width": width}
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, **settings)
 
     @one_image_at_a_time_on_cpu
-    def sample_batch(self, prompts, seeds, steps=25, solver="ddpm", guidance=4.0, negative_prompt="", height=1024, width=1024):
-        """One batch: a prompt and a seed for each image."""
+    def sample_batch(self, prompts, seeds, steps=25, solver="ddpm", guidance=4.0, negative_prompt="",
+                     height=1024, width=1024):
+        """uint8 (b, 3, h, w) of b prompts and b seeds."""
         self.prepare([*prompts, negative_prompt], batch_size=len(prompts))
         null = self.texts[negative_prompt] if negative_prompt else None
-        return to_uint8(self._generate([self.texts[p] for p in prompts], null, True, steps, guidance, height, width,
-                                       seeded_noise(seeds), solver))
+        texts, draw = [self.texts[p] for p in prompts], seeded_noise(seeds)
+        return to_uint8(self._generate(texts, null, True, steps, guidance, height, width, draw, solver))
 
 
 def pad_texts(texts, n):
-    """(states (b, n, d) with zeros at padding, mask (b, n)) of texts (n_i, d), cut where they are longer."""
+    """(states (b, n, d) with zeros at padding, mask (b, n)) of b texts (n_i, d), cut to n tokens."""
     texts = [text[:n] for text in texts]
     mask = torch.arange(n) < torch.tensor([len(text) for text in texts])[:, None]
     return torch.stack([F.pad(text, (0, 0, 0, n - len(text))) for text in texts]), mask

@@ -1,13 +1,14 @@
-"""The networks of Kandinsky 2.2 and 3.0: the image prior, the decoder U-Net, the U-Net of 3.0. Each section names its paper.
+"""The networks of Kandinsky 2.2 and 3.0: the image prior, the decoder U-Net, the U-Net of 3.0.
 
 Kandinsky   arXiv:2310.03502            2.x: text -> CLIP image embedding -> MoVQ latent -> image
 unCLIP      arXiv:2204.06125  Sec. 2.2  the prior: a causal transformer that predicts x_0, the image embedding
 ADM         arXiv:2105.05233  Sec. 3    residual blocks whose scale and shift come from the embedding
 Kandinsky 3 arXiv:2312.03511            text -> T5 states -> MoVQ latent -> image
-BigGAN      arXiv:1809.11096  App. B    BigGAN-deep's bottleneck blocks
+BigGAN      arXiv:1809.11096  App. B    bottleneck blocks of BigGAN-deep
 iDDPM       arXiv:2102.09672  Eq. 15    a learnt variance between beta and its lower bound
 
-Networks are filled from folders in the published layout and names (weights.py); their autoencoder is movq.py.
+Weights are read from folders in the published layout, under the published names (weights.py). The autoencoder
+is in movq.py.
 """
 
 import torch
@@ -24,11 +25,13 @@ from weights import DIFFUSERS_NAMES, check_config, load_published
 
 
 def time_features(t, dim):
-    """The sinusoids of Kandinsky 2: cosines first, and short of the longest period."""
+    """Kandinsky 2's timestep embedding, (b,) -> (b, dim): cosines first, without the longest period."""
     return timestep_embedding(t, dim, freq_shift=0).roll(dim // 2, dims=1)
 
 
 class PriorBlock(nn.Module):
+    """Pre-norm transformer block on (b, n, dim); mask (b, n, n) true where a query may attend to a key."""
+
     def __init__(self, dim, n_heads):
         super().__init__()
         self.norm_1 = nn.LayerNorm(dim)
@@ -45,8 +48,9 @@ class PriorBlock(nn.Module):
 class Prior(nn.Module):
     """forward(x, t, text_embed, text_states, text_mask) -> the normalised CLIP image embedding x_0 (b, d).
 
-    x (b, d) noisy x_0, text_embed (b, d), text_states (b, 77, d), text_mask (b, 77) true at tokens. The sequence is the
-    text states, the text embedding, the time, x and a learnt query, whose output is the answer; each looks back only.
+    x (b, d) noisy x_0, t (b,), text_embed (b, d), text_states (b, 77, d), text_mask (b, 77) true at tokens.
+    The sequence is the text states, the text embedding, the time, x and a learnt query, whose output is the
+    result. Attention is causal.
     """
 
     published_names = (
@@ -82,46 +86,51 @@ class Prior(nn.Module):
         self.clip_std = nn.Parameter(torch.ones(1, embed_dim), requires_grad=False)
 
     def forward(self, x, t, text_embed, text_states, text_mask):
-        emb = self.time_mlp(time_features(t, self.positions.shape[-1]).to(x.dtype))
-        one_each = torch.stack([self.from_embed(text_embed), emb, self.from_x(x)], dim=1)
-        tokens = torch.cat([self.from_states(text_states), one_each, self.query.expand(len(x), -1, -1)], dim=1)
+        emb = self.time_mlp(time_features(t, self.positions.shape[-1]).to(x.dtype))       # (b, dim)
+        singles = torch.stack([self.from_embed(text_embed), emb, self.from_x(x)], dim=1)  # (b, 3, dim)
+        query = self.query.expand(len(x), -1, -1)                                         # (b, 1, dim)
+        tokens = torch.cat([self.from_states(text_states), singles, query], dim=1)        # (b, n, dim)
         tokens = tokens + self.positions
         n = tokens.shape[1]
-        past = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
-        mask = past & F.pad(text_mask.bool(), (0, 4), value=True)[:, None]  # (b, n, n)
+        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()               # (n, n)
+        mask = causal & F.pad(text_mask.bool(), (0, 4), value=True)[:, None]              # (b, n, n)
         for block in self.blocks:
-            tokens = checkpointed(self, block, tokens, mask)
-        return self.to_embed(self.norm_out(tokens[:, -1]))
+            tokens = checkpointed(self, block, tokens, mask)                              # (b, n, dim)
+        return self.to_embed(self.norm_out(tokens[:, -1]))                                # (b, d)
 
     def normalise(self, embed):
+        """CLIP image embedding (b, d) -> x_0."""
         return (embed - self.clip_mean) / self.clip_std
 
     def denormalise(self, x_0):
+        """x_0 (b, d) -> CLIP image embedding."""
         return x_0 * self.clip_std + self.clip_mean
 
 
 def checkpointed(network, block, *args):
-    """block(*args); while training with gradient checkpointing its inside is forgotten and computed again."""
+    """block(*args); with gradient checkpointing its activations are computed again in the backward pass."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
 
 def build_prior(config: dict):
-    """The prior from its published config.json."""
+    """The prior from its published config.json; BadInput for settings that are not supported."""
     c = check_config(
         config, "prior", "PriorTransformer",
         defaults={"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 20, "embedding_dim": 768,
                   "num_embeddings": 77},
         allowed={"additional_embeddings": (4,), "dropout": (0.0,), "time_embed_act_fn": ("silu",),
                  "encoder_hid_proj_type": ("linear",), "added_emb_type": ("prd",), "norm_in_type": (None,),
-                 "embedding_proj_norm_type": (None,), "time_embed_dim": (None,), "embedding_proj_dim": (None,),
-                 "clip_embed_dim": (None,)})
-    return Prior(c["embedding_dim"], c["num_attention_heads"] * c["attention_head_dim"], c["num_attention_heads"],
-                 c["num_layers"], c["num_embeddings"])
+                 "embedding_proj_norm_type": (None,), "time_embed_dim": (None,),
+                 "embedding_proj_dim": (None,), "clip_embed_dim": (None,)})
+    n_heads = c["num_attention_heads"]
+    return Prior(c["embedding_dim"], n_heads * c["attention_head_dim"], n_heads, c["num_layers"],
+                 c["num_embeddings"])
 
 
 def load_prior(folder, dtype=torch.float32):
+    """The prior from a published folder of config.json and safetensors, in evaluation mode."""
     return load_published(build_prior, folder, dtype)
 
 
@@ -129,7 +138,7 @@ def load_prior(folder, dtype=torch.float32):
 
 
 class DecoderResBlock(nn.Module):
-    """Two convolutions, scaled and shifted between by the embedding; resample changes the resolution of both paths."""
+    """Residual block: the embedding scales and shifts the second norm, resample acts on both paths."""
 
     def __init__(self, in_ch, out_ch, emb_dim, groups, resample=None):
         super().__init__()
@@ -142,22 +151,27 @@ class DecoderResBlock(nn.Module):
         self.resample = resample or (lambda x: x)
 
     def forward(self, x, emb):
-        y = self.conv_1(self.resample(F.silu(self.norm_1(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        y = self.conv_1(self.resample(F.silu(self.norm_1(x))))                  # (b, out_ch, h', w')
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (b, out_ch, 1, 1) each
         y = self.conv_2(F.silu(self.norm_2(y) * (1 + scale) + shift))
         return self.skip(self.resample(x)) + y
 
 
 def downsample(x):
+    """(b, c, h, w) -> (b, c, h / 2, w / 2)."""
     return F.avg_pool2d(x, 2)
 
 
 def upsample(x):
+    """(b, c, h, w) -> (b, c, 2 h, 2 w)."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ImageAttention(nn.Module):
-    """The pixels look at the image tokens and at each other in one softmax: keys and values of both, side by side."""
+    """Self-attention of x (b, c, h, w) and cross-attention to tokens (b, n, token_dim) in one softmax.
+
+    The keys and values of both are concatenated.
+    """
 
     def __init__(self, ch, token_dim, head_dim, groups):
         super().__init__()
@@ -169,15 +183,15 @@ class ImageAttention(nn.Module):
 
     def forward(self, x, tokens):
         h, w = x.shape[-2:]
-        y = self.norm(x.flatten(2)).transpose(1, 2)  # (b, h * w, c)
-        k = torch.cat([self.token_k(tokens), self.to_k(y)], dim=1)
+        y = self.norm(x.flatten(2)).transpose(1, 2)                      # (b, h * w, c)
+        k = torch.cat([self.token_k(tokens), self.to_k(y)], dim=1)       # (b, n + h * w, c)
         v = torch.cat([self.token_v(tokens), self.to_v(y)], dim=1)
-        y = self.to_out[0](attention(self.to_q(y), k, v, self.n_heads))
+        y = self.to_out[0](attention(self.to_q(y), k, v, self.n_heads))  # (b, h * w, c)
         return rearrange(y, "b (h w) c -> b c h w", h=h, w=w) + x
 
 
 class DecoderLevel(nn.Module):
-    """Residual blocks, the first of them followed by attention where there is some, then a change of resolution."""
+    """Residual blocks, the first len(attn) of them followed by attention, then a change of resolution."""
 
     def __init__(self, res, attn=(), resample=None):
         super().__init__()
@@ -189,9 +203,9 @@ class DecoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(z, t, image_embed) -> (b, 8, h, w): eps and, behind it, the place of the variance in iDDPM, Eq. 15.
+    """forward(z, t, image_embed) -> (b, 8, h, w): eps, then v of iDDPM's learnt variance (Eq. 15).
 
-    z (b, 4, h, w) noisy MoVQ latent, image_embed (b, d) CLIP image embedding, not normalised.
+    z (b, 4, h, w) noisy MoVQ latent, t (b,), image_embed (b, d) CLIP image embedding, not normalised.
     """
 
     published_names = (
@@ -209,7 +223,7 @@ class Decoder(nn.Module):
         ("encoder_hid_proj.norm", "token_norm"),
     )
 
-    def __init__(self, widths, attention, n_res, image_dim, token_dim, head_dim, in_ch, out_ch, groups):
+    def __init__(self, widths, with_attention, n_res, image_dim, token_dim, head_dim, in_ch, out_ch, groups):
         super().__init__()
         self.gradient_checkpointing = False
         emb_dim = 4 * widths[0]
@@ -225,91 +239,97 @@ class Decoder(nn.Module):
         def attn(ch, n):
             return [ImageAttention(ch, token_dim, head_dim, groups) for _ in range(n)]
 
-        self.down, ch, skips = nn.ModuleList(), widths[0], [widths[0]]  # skips: widths that the way up takes back
-        for i, (width, has_attention) in enumerate(zip(widths, attention, strict=True)):
+        self.down, ch, skips = nn.ModuleList(), widths[0], [widths[0]]  # skips: widths of the skips
+        for i, (width, has_attention) in enumerate(zip(widths, with_attention, strict=True)):
             blocks = [res(ch if j == 0 else width, width) for j in range(n_res)]
             last = i + 1 == len(widths)
             self.down.append(DecoderLevel(blocks, attn(width, n_res * has_attention),
                                           None if last else res(width, width, downsample)))
             ch, skips = width, skips + [width] * (n_res + (not last))
         self.mid = DecoderLevel([res(ch, ch), res(ch, ch)], attn(ch, 1))
-        self.up = nn.ModuleList()  # from the smallest picture to the largest
+        self.up = nn.ModuleList()  # from the smallest feature map to the largest
         for i in reversed(range(len(widths))):
             blocks = [res((ch if j == 0 else widths[i]) + skips.pop(), widths[i]) for j in range(n_res + 1)]
             ch = widths[i]
-            self.up.append(DecoderLevel(blocks, attn(ch, (n_res + 1) * attention[i]),
+            self.up.append(DecoderLevel(blocks, attn(ch, (n_res + 1) * with_attention[i]),
                                         res(ch, ch, upsample) if i > 0 else None))
         self.norm_out = nn.GroupNorm(groups, ch)
         self.conv_out = nn.Conv2d(ch, out_ch, 3, padding=1)
 
     def forward(self, z, t, image_embed):
-        emb = self.time_mlp(time_features(t, self.time_mlp[0].in_features).to(z.dtype)) + self.image_mlp(image_embed)
+        emb = self.time_mlp(time_features(t, self.time_mlp[0].in_features).to(z.dtype))  # (b, emb_dim)
+        emb = emb + self.image_mlp(image_embed)
         tokens = self.token_norm(rearrange(self.to_tokens(image_embed), "b (n d) -> b n d", n=32))
-        x = self.conv_in(z)
+        x = self.conv_in(z)                                      # (b, widths[0], h, w)
         skips = [x]
         for level in self.down:
             for i in range(len(level.res)):
                 x = checkpointed(self, level.stage, i, x, emb, tokens)
                 skips.append(x)
             if level.resample is not None:
-                x = level.resample(x, emb)
+                x = level.resample(x, emb)                       # (b, c, h / 2, w / 2)
                 skips.append(x)
         for i in range(2):
             x = checkpointed(self, self.mid.stage, i, x, emb, tokens)
         for level in self.up:
             for i in range(len(level.res)):
-                x = checkpointed(self, level.stage, i, torch.cat([x, skips.pop()], dim=1), emb, tokens)
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = checkpointed(self, level.stage, i, x, emb, tokens)
             if level.resample is not None:
-                x = level.resample(x, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
+                x = level.resample(x, emb)                       # (b, c, 2 h, 2 w)
+        return self.conv_out(F.silu(self.norm_out(x)))           # (b, 8, h, w) as z
 
 
 def build_decoder(config: dict):
-    """The decoder U-Net from its published config.json."""
+    """The decoder U-Net from its published config.json; BadInput for settings that are not supported."""
     down = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")  # without, with attention
     up = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
     off = ("center_input_sample", "only_cross_attention", "dual_cross_attention", "use_linear_projection",
            "class_embed_type", "addition_time_embed_dim", "num_class_embeds", "resnet_skip_time_act",
            "time_embedding_dim", "time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim",
            "projection_class_embeddings_input_dim",
-           "class_embeddings_concat", "mid_block_only_cross_attention", "cross_attention_norm", "num_attention_heads",
-           "reverse_transformer_layers_per_block", "upcast_attention")
+           "class_embeddings_concat", "mid_block_only_cross_attention", "cross_attention_norm",
+           "num_attention_heads", "reverse_transformer_layers_per_block", "upcast_attention")
     c = check_config(
         config, "decoder U-Net", "UNet2DConditionModel",
-        defaults={"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 1280,
-                  "encoder_hid_dim": None, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4,
-                  "norm_num_groups": 32, "down_block_types": (), "up_block_types": (),
-                  "sample_size": None, "addition_embed_type_num_heads": 64},  # these two change nothing here
-        allowed={"mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "encoder_hid_dim_type": ("image_proj",),
-                 "addition_embed_type": ("image",), "resnet_time_scale_shift": ("scale_shift",), "act_fn": ("silu",),
-                 "norm_eps": (1e-5,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "conv_in_kernel": (3,),
+        defaults={"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+                  "cross_attention_dim": 1280, "encoder_hid_dim": None, "attention_head_dim": 8,
+                  "in_channels": 4, "out_channels": 4, "norm_num_groups": 32,
+                  "down_block_types": (), "up_block_types": (),
+                  "sample_size": None, "addition_embed_type_num_heads": 64},  # the last 2 are unused
+        allowed={"mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",), "act_fn": ("silu",),
+                 "encoder_hid_dim_type": ("image_proj",), "addition_embed_type": ("image",),
+                 "resnet_time_scale_shift": ("scale_shift",), "norm_eps": (1e-5,),
+                 "flip_sin_to_cos": (True,), "freq_shift": (0,), "conv_in_kernel": (3,),
                  "time_embedding_type": ("positional",), "conv_out_kernel": (3,), "downsample_padding": (1,),
                  "dropout": (0.0,), "mid_block_scale_factor": (1,), "resnet_out_scale_factor": (1,),
                  "transformer_layers_per_block": (1,), "attention_type": ("default",),
                  **dict.fromkeys(off, (None, False))})
     n = len(c["block_out_channels"])
-    attention = [kind == down[1] for kind in c["down_block_types"]]
-    if list(c["down_block_types"]) != [down[a] for a in attention] or len(attention) != n:
+    with_attention = [kind == down[1] for kind in c["down_block_types"]]
+    if list(c["down_block_types"]) != [down[a] for a in with_attention] or len(with_attention) != n:
         raise BadInput(f"decoder U-Net: not supported: down_block_types={c['down_block_types']!r}")
-    if list(c["up_block_types"]) != [up[a] for a in reversed(attention)]:
-        raise BadInput(f"decoder U-Net: not supported: up_block_types={c['up_block_types']!r}, unlike the way down")
+    if list(c["up_block_types"]) != [up[a] for a in reversed(with_attention)]:
+        raise BadInput(f"decoder U-Net: not supported: up_block_types={c['up_block_types']!r}, expected the "
+                       "down_block_types in reverse order")
     for key in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "encoder_hid_dim"):
         if not isinstance(c[key], int):
             raise BadInput(f"decoder U-Net: not supported: {key}={c[key]!r}, expected one whole number")
-    return Decoder(c["block_out_channels"], attention, c["layers_per_block"], c["encoder_hid_dim"],
+    return Decoder(c["block_out_channels"], with_attention, c["layers_per_block"], c["encoder_hid_dim"],
                    c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"], c["out_channels"],
                    c["norm_num_groups"])
 
 
 def load_decoder(folder, dtype=torch.float32):
+    """The decoder U-Net from a published folder of config.json and safetensors, in evaluation mode."""
     return load_published(build_decoder, folder, dtype)
 
 
-# The U-Net of 3.0: blocks of BigGAN-deep, attention of the pixels to themselves and to the text (Kandinsky 3)
+# The U-Net of 3.0: blocks after BigGAN-deep, self-attention and cross-attention to the text (Kandinsky 3)
 
 
 class BigGANUnit(nn.Module):
-    """Normalise with the embedding, SiLU, convolve; the picture doubles before the convolution or halves behind it."""
+    """AdaGN, SiLU, convolution; up doubles the resolution before the convolution, down halves it after."""
 
     def __init__(self, in_ch, out_ch, kernel, emb_dim, groups, up=False, down=False):
         super().__init__()
@@ -319,11 +339,14 @@ class BigGANUnit(nn.Module):
         self.down = nn.Conv2d(out_ch, out_ch, 2, stride=2) if down else nn.Identity()
 
     def forward(self, x, emb):
-        return self.down(self.conv(self.up(F.silu(self.norm(x, emb)))))
+        return self.down(self.conv(self.up(F.silu(self.norm(x, emb)))))  # (b, out_ch, h', w')
 
 
 class BigGANBlock(nn.Module):
-    """A residual bottleneck of four units, 1x1, 3x3, 3x3, 1x1, at half the width (BigGAN, App. B)."""
+    """Residual bottleneck of four units, 1x1, 3x3, 3x3, 1x1, after BigGAN-deep (App. B).
+
+    Kandinsky 3 chose half the width inside (BigGAN-deep: a quarter) and learnt up- and downsampling.
+    """
 
     def __init__(self, in_ch, out_ch, emb_dim, groups, up=False, down=False):
         super().__init__()
@@ -346,12 +369,14 @@ class BigGANBlock(nn.Module):
 
 
 class UNet3Level(nn.Module):
-    """Layers of block, cross-attention, block; widths: (in, between, out) of each.
+    """Layers of block, cross-attention, block; widths: (in, inner, out) of each layer.
 
-    attn[0] is the self-attention of the level, those behind it belong to the layers; a level without has none at all.
+    attn[0] is the self-attention of the level, attn[i + 1] the cross-attention of layer i; a level without
+    attention has neither.
     """
 
-    def __init__(self, widths, self_ch, has_attention, emb_dim, text_dim, head_dim, groups, up=False, down=False):
+    def __init__(self, widths, self_ch, has_attention, emb_dim, text_dim, head_dim, groups, up=False,
+                 down=False):
         super().__init__()
 
         def attend(ch, to_dim):
@@ -376,9 +401,10 @@ class UNet3Level(nn.Module):
 class UNet3(nn.Module):
     """forward(z, t, text, text_mask, text_length=None) -> eps (b, 4, h, w).
 
-    z (b, 4, h, w) noisy MoVQ latent, text (b, n, d) T5 states with zeros at padding, text_mask (b, n) true at tokens.
-    A row without a token is the null condition. The pooled text is a mean over the first text_length (b,) positions of a
-    row, padding included; None: over all n, as published, so that a row depends on the longest of its batch.
+    z (b, 4, h, w) noisy MoVQ latent, t (b,), text (b, n, d) T5 states with zeros at padding, text_mask (b, n)
+    true at tokens. A row without a token is the null condition. The query that pools the text is a mean over
+    the first text_length (b,) positions of a row, padding included (ours); None: over all n, as published, so
+    that a row depends on the longest of its batch.
     """
 
     published_names = (
@@ -412,7 +438,7 @@ class UNet3(nn.Module):
         self.conv_in = nn.Conv2d(in_ch, first, 3, padding=1)
         common = emb_dim, text_dim, head_dim, groups
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        above = [first, *widths[:-1]]  # the width that a level gets from above, and gives back
+        above = [first, *widths[:-1]]  # width of the level above, of the input and output
         for i, (outer, ch) in enumerate(zip(above, widths, strict=True)):
             layers = [(outer if j == 0 else ch, ch, ch) for j in range(n_layers)]
             self.down.append(UNet3Level(layers, outer, i > 0, *common, down=i + 1 < len(widths)))
@@ -426,22 +452,23 @@ class UNet3(nn.Module):
 
     def forward(self, z, t, text, text_mask, text_length=None):
         text_mask = text_mask.bool()
-        text_mask = text_mask | ~text_mask.any(dim=1, keepdim=True)  # all masked is none masked: softmax needs a key
-        text = self.text_mlp(text)
+        text_mask = text_mask | ~text_mask.any(dim=1, keepdim=True)  # all masked becomes none masked
+        text = self.text_mlp(text)                                   # (b, n, text_dim)
         if text_length is None:
-            mean = text.mean(dim=1, keepdim=True)
+            mean = text.mean(dim=1, keepdim=True)                    # (b, 1, text_dim)
         else:
             counted = torch.arange(text.shape[1], device=text.device) < text_length[:, None]
-            mean = (text * counted[..., None]).sum(dim=1, keepdim=True) / text_length.to(text.dtype)[:, None, None]
-        pooled = self.text_pool(mean, text, text_mask)[:, 0]
+            total = (text * counted[..., None]).sum(dim=1, keepdim=True)
+            mean = total / text_length.to(text.dtype)[:, None, None]
+        pooled = self.text_pool(mean, text, text_mask)[:, 0]         # (b, emb_dim)
         emb = self.time_mlp(timestep_embedding(t, self.time_mlp[0].in_features).to(z.dtype)) + pooled
-        x, skips = self.conv_in(z), []
+        x, skips = self.conv_in(z), []                               # (b, widths[0] / 2, h, w)
         for level in self.down:
             if level.attn:
                 x = checkpointed(self, level.attn[0], x, emb)
             for i in range(len(level.res_in)):
                 x = checkpointed(self, level.layer, i, x, emb, text, text_mask)
-            skips.append(x)
+            skips.append(x)                                          # (b, c, h / 2, w / 2) but for the last
         skips.pop()
         for n, level in enumerate(self.up):
             if n > 0:
@@ -450,23 +477,25 @@ class UNet3(nn.Module):
                 x = checkpointed(self, level.layer, i, x, emb, text, text_mask)
             if level.attn:
                 x = checkpointed(self, level.attn[0], x, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))               # (b, 4, h, w)
 
 
 def build_unet3(config: dict):
-    """The U-Net of Kandinsky 3 from its published config.json."""
+    """The U-Net of Kandinsky 3 from its published config.json; BadInput for unsupported settings."""
     c = check_config(
         config, "U-Net 3", "Kandinsky3UNet",
         defaults={"in_channels": 4, "time_embedding_dim": 1536, "groups": 32, "attention_head_dim": 64,
-                  "layers_per_block": 3, "block_out_channels": (384, 768, 1536, 3072), "cross_attention_dim": 4096,
-                  "encoder_hid_dim": 4096},
+                  "layers_per_block": 3, "block_out_channels": (384, 768, 1536, 3072),
+                  "cross_attention_dim": 4096, "encoder_hid_dim": 4096},
         allowed={})
     for key in ("layers_per_block", "cross_attention_dim"):
         if not isinstance(c[key], int) or c[key] < 2:
             raise BadInput(f"U-Net 3: not supported: {key}={c[key]!r}, expected one whole number from 2")
-    return UNet3(c["block_out_channels"], c["layers_per_block"], c["time_embedding_dim"], c["encoder_hid_dim"],
-                 c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"], c["groups"])
+    return UNet3(c["block_out_channels"], c["layers_per_block"], c["time_embedding_dim"],
+                 c["encoder_hid_dim"], c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"],
+                 c["groups"])
 
 
 def load_unet3(folder, dtype=torch.float32):
+    """The U-Net of Kandinsky 3 from a published folder of config.json and safetensors, in evaluation mode."""
     return load_published(build_unet3, folder, dtype)

@@ -1,8 +1,11 @@
 """Low-rank adapters on any nn.Linear: LoRA, rsLoRA and DoRA, in folders that PEFT reads and writes too.
 
 LoRA    arXiv:2106.09685  Sec. 4.1, Eq. 3   y = W x + (alpha / r) B A x with W frozen
-rsLoRA  arXiv:2312.03732  Theorem 3.2       alpha / sqrt(r) instead: the learning rate survives a large rank
-DoRA    arXiv:2402.09353  Eq. 5, 11         W' = m (W + B A) / ||W + B A||, a norm per output that gets no gradient
+rsLoRA  arXiv:2312.03732  Theorem 3.2       alpha / sqrt(r) instead: the size of the update, and so the best
+                                            learning rate, no longer depends on r
+DoRA    arXiv:2402.09353  Eq. 5, 11         W' = m (W + B A) / ||W + B A||, the norm gets no gradient
+
+DoRA's text norms columns of a d x k matrix, its code and PEFT rows of torch's (out, in) weight, as here.
 
     names = inject(model, LoRAConfig(rank=8, alpha=8))   # step 0 is the base model: B = 0
     ... train parameters(model) ...
@@ -27,15 +30,17 @@ from weights import rename
 
 @dataclass
 class LoRAConfig:
+    """Which layers are adapted, and how; BadInput for values that cannot be used."""
+
     rank: int
     alpha: float
-    targets: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, or one regular expression
+    targets: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, or a regex
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
     init: str = "gaussian"  # of A: "gaussian", standard deviation 1/r; or "kaiming", uniform as nn.Linear
-    rank_pattern: dict = field(default_factory=dict)  # regular expression of a name's end -> its own rank
-    alpha_pattern: dict = field(default_factory=dict)
+    rank_pattern: dict = field(default_factory=dict)  # regex of a name's end -> its own rank
+    alpha_pattern: dict = field(default_factory=dict)  # likewise its own alpha
 
     def __post_init__(self):
         if not isinstance(self.targets, str):
@@ -43,25 +48,23 @@ class LoRAConfig:
         for rank in (self.rank, *self.rank_pattern.values()):
             if not isinstance(rank, int) or rank < 1:
                 raise BadInput(f"LoRA rank: expected a whole number from 1, got {rank!r}")
-        expressions = [self.targets] if isinstance(self.targets, str) else []
-        for pattern in (*expressions, *self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise BadInput(f"LoRA: {pattern!r} is not a regular expression ({error})") from None
+        _check_patterns(self)
         if self.init not in ("gaussian", "kaiming"):
             raise BadInput(f"LoRA init: expected gaussian or kaiming, got {self.init!r}")
 
 
 class LoRALinear(nn.Module):
-    """y = W x + s B A x, or DoRA's m / ||W + s B A|| (W + s B A) x; A, B and m are float32 over a base of any dtype."""
+    """y = W x + s B A x, or DoRA's m / ||W + s B A|| (W + s B A) x, for x (..., in) -> y (..., out).
+
+    s is alpha / r, or alpha / sqrt(r) with rslora. A (r, in), B (out, r), m (out,) are float32, W any dtype.
+    """
 
     def __init__(self, base, rank, alpha, dropout=0.0, rslora=False, dora=False, init="gaussian"):
         super().__init__()
         self.base = base
         self.dropout = nn.Dropout(dropout)
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.strength = 1.0  # of the whole change: 0 is the base, 1 what was learnt
+        self.strength = 1.0  # of the whole update: 0 is the base, 1 what was learnt
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -77,11 +80,11 @@ class LoRALinear(nn.Module):
         if self.unmerged_weight is not None or self.strength == 0:
             return y
         dropped = self.dropout(x)
-        change = self.scaling * F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        update = self.scaling * F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         if self.magnitude is not None:
-            gain = self.magnitude / self.adapted().norm(dim=1).detach()
-            change = gain * change + (gain - 1) * F.linear(dropped, self.base.weight)
-        return y + (self.strength * change).to(y.dtype)
+            gain = self.magnitude / self.adapted().norm(dim=1).detach()  # (out,); detached: DoRA, Eq. 11
+            update = gain * update + (gain - 1) * F.linear(dropped, self.base.weight)
+        return y + (self.strength * update).to(y.dtype)
 
     def adapted(self):
         """W + s B A in float32."""
@@ -89,11 +92,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The weight of one linear layer that does the same."""
+        """The weight of the linear layer that computes the same, in W's dtype."""
         weight = self.adapted()
         if self.magnitude is not None:
             weight = (self.magnitude / weight.norm(dim=1))[:, None] * weight
         return torch.lerp(self.base.weight.float(), weight, self.strength).to(self.base.weight.dtype)
+
+
+# An adapter on a model
 
 
 def layers(model):
@@ -102,9 +108,12 @@ def layers(model):
 
 
 def inject(model, config: LoRAConfig):
-    """Wrap the target layers, freeze everything else, return the names of the wrapped layers."""
+    """Wrap the target layers, freeze everything else, return the names of the wrapped layers.
+
+    BadInput if there is an adapter already, or if the targets match no layer or one that is not linear.
+    """
     if layers(model):
-        raise BadInput(f"{type(model).__name__} carries an adapter already: remove or merge it first")
+        raise BadInput(f"{type(model).__name__} carries an adapter already: remove it first")
     names = _targets(model, config)
     _wrap(model, names, config)
     return names
@@ -122,39 +131,25 @@ def _targets(model, config):
     return names
 
 
-def _is_target(name, targets):
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == t or name.endswith("." + t) for t in targets)
-
-
 def _wrap(model, names, config):
     model.requires_grad_(False)
     for name in names:
         published = _published(model, name)
-        layer = LoRALinear(model.get_submodule(name), _by_pattern(config.rank_pattern, published, config.rank),
-                           _by_pattern(config.alpha_pattern, published, config.alpha), config.dropout, config.rslora,
-                           config.dora, config.init)
+        rank = _by_pattern(config.rank_pattern, published, config.rank)
+        alpha = _by_pattern(config.alpha_pattern, published, config.alpha)
+        layer = LoRALinear(model.get_submodule(name), rank, alpha, config.dropout, config.rslora, config.dora,
+                           config.init)
         model.set_submodule(name, layer.train(model.training))
     model.lora_config = config
 
 
-def _by_pattern(patterns, name, default):
-    return next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
-
-
-def _published(model, name):
-    """A network with published checkpoints carries its table of names; adapters are kept under the published ones."""
-    return rename(name, getattr(model, "published_names", ()), back=True)
-
-
 def parameters(model):
-    """What trains: A, B and the magnitudes."""
+    """The trained parameters: A, B and the magnitudes."""
     return list(tensors(model).values())
 
 
 def set_scale(model, s):
-    """Weight the whole change, DoRA's too: 0 is the base model, 1 what was learnt. A merged adapter is merged anew."""
+    """Weight the whole update, DoRA's too: 0 is the base, 1 what was learnt. Merged layers stay merged."""
     for layer in layers(model).values():
         layer.strength = s
         if layer.unmerged_weight is not None:
@@ -163,7 +158,7 @@ def set_scale(model, s):
 
 
 def merge(model):
-    """Fold the adapter into the base weights: inference without its cost. The base weights are kept for unmerge."""
+    """Add the adapter to the base weights: inference at no extra cost. The base is kept for unmerge."""
     for layer in layers(model).values():
         if layer.unmerged_weight is None:
             _merge(layer)
@@ -198,12 +193,14 @@ def remove(model):
 
 
 def add_flags(parser, rank):
-    parser.add_argument("--rank", type=int, default=rank, help="rank of the adapter")
-    parser.add_argument("--alpha", type=float, help="strength: the change is alpha / rank B A; the rank without it")
-    parser.add_argument("--rslora", action=argparse.BooleanOptionalAction, default=False, help="alpha / sqrt(rank) instead")
-    parser.add_argument("--dora", action=argparse.BooleanOptionalAction, default=False, help="learn a norm per output too")
-    parser.add_argument("--lora-dropout", type=float, default=0.0, help="dropout before A")
-    parser.add_argument("--targets", nargs="+", default=list(LoRAConfig.targets), help="ends of the layers' names")
+    flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--rank", type=int, default=rank, help="rank of the adapter")
+    flag("--alpha", type=float, help="the update is (alpha / rank) B A; None: the rank, a factor of 1")
+    flag("--rslora", action=boolean, default=False,
+         help="alpha / sqrt(rank) instead; without --alpha a factor of sqrt(rank), 11.3 at rank 128")
+    flag("--dora", action=boolean, default=False, help="learn a norm per output too")
+    flag("--lora-dropout", type=float, default=0.0, help="dropout before A")
+    flag("--targets", nargs="+", default=list(LoRAConfig.targets), help="ends of the layers' names")
 
 
 def config_of(args):
@@ -211,11 +208,11 @@ def config_of(args):
     return LoRAConfig(args.rank, alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
 
 
-# Folders, as PEFT writes them: tensors under base_model.model.NAME.lora_A.weight and so on
+# Adapter folders
 
 
 def tensors(model):
-    """The adapter's tensors under PEFT's names."""
+    """The adapter's tensors under PEFT's names, base_model.model.NAME.lora_A.weight and so on."""
     out = {}
     for name, layer in layers(model).items():
         prefix = f"base_model.model.{_published(model, name)}"
@@ -226,23 +223,17 @@ def tensors(model):
 
 
 def save(model, folder):
+    """Write adapter_config.json and adapter_model.safetensors, with the published names of the layers."""
     if not layers(model):
         raise BadInput(f"{type(model).__name__} carries no adapter to save")
-    c = model.lora_config
     save_safetensors(Path(folder) / "adapter_model.safetensors", tensors(model))
-    write_json(Path(folder) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "r": c.rank, "lora_alpha": c.alpha, "lora_dropout": c.dropout,
-        "target_modules": c.targets if isinstance(c.targets, str) else list(c.targets),
-        "use_rslora": c.rslora, "use_dora": c.dora, "rank_pattern": c.rank_pattern,
-        "alpha_pattern": c.alpha_pattern, "init_lora_weights": "gaussian" if c.init == "gaussian" else True,
-        "bias": "none", "fan_in_fan_out": False, "modules_to_save": None})
+    write_json(Path(folder) / "adapter_config.json", _peft_fields(model.lora_config))
 
 
 def load(model, folder):
-    """Put a saved adapter onto its base model: trainable, over a frozen base. On an error the model is as it was."""
+    """Add a saved adapter to its base model: trainable, the base frozen. On an error nothing is changed."""
     if layers(model):
-        raise BadInput(f"{type(model).__name__} carries an adapter already: remove or merge it first")
+        raise BadInput(f"{type(model).__name__} carries an adapter already: remove it first")
     folder = Path(folder)
     config = _read_config(folder / "adapter_config.json")
     found, _ = load_safetensors(folder / "adapter_model.safetensors")
@@ -260,8 +251,8 @@ def load(model, folder):
     shapes = [f"{k} expected {s}, got {tuple(found[k].shape)}" for k, s in expected.items()
               if k in found and tuple(found[k].shape) != s]
     if missing or extra or shapes:
-        parts = [f"{word}: {', '.join(which)}" for word, which in
-                 (("not in the file", missing), ("no such layer", extra), ("other shapes", shapes)) if which]
+        problems = {"not in the file": missing, "no such layer": extra, "other shapes": shapes}
+        parts = [f"{problem}: {', '.join(which)}" for problem, which in problems.items() if which]
         raise BadInput(f"{folder}: not an adapter of this {type(model).__name__}: " + "; ".join(parts))
     _wrap(model, names, config)
     with torch.no_grad():
@@ -269,12 +260,51 @@ def load(model, folder):
             parameter.copy_(found[name])
 
 
-# A field that PEFT may add and that is not here is refused unless it is off (None, False or empty).
-MEANINGLESS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-               "megatron_core", "qalora_group_size", "layers_pattern")
-READ = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+# What only PEFT's files need: patterns, published names, adapter_config.json
+
+
+def _check_patterns(config):
+    expressions = [config.targets] if isinstance(config.targets, str) else []
+    for pattern in (*expressions, *config.rank_pattern, *config.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BadInput(f"LoRA: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _is_target(name, targets):
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == t or name.endswith("." + t) for t in targets)
+
+
+def _by_pattern(patterns, name, default):
+    return next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
+
+
+def _published(model, name):
+    """The published name of a layer; the network's own name where it has no table published_names."""
+    return rename(name, getattr(model, "published_names", ()), back=True)
+
+
+def _peft_fields(config):
+    return {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
+        "use_rslora": config.rslora, "use_dora": config.dora, "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
+        "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+
+
+# A field that PEFT may add and that is not listed here is refused unless it is off (None, False or empty).
+MEANINGLESS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+               "peft_version", "megatron_core", "qalora_group_size", "layers_pattern")
+READ = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
+        "alpha_pattern"}
 SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",),
-             "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # those that leave the base as it is
+             "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # those that keep the base
 
 
 def _read_config(path):

@@ -2,16 +2,18 @@
 
 FID               arXiv:1706.08500  Eq. 6     Frechet distance of two Gaussians fitted to Inception features
 KID               arXiv:1801.01401  Sec. 4    squared maximum mean discrepancy, cubic kernel, unbiased
-precision, recall arXiv:1904.06991  Eq. 1, 2  share of one set inside the k-nearest-neighbour balls of the other
+precision, recall arXiv:1904.06991  Eq. 1, 2  share of one set inside the k-NN balls of the other
 Inception Score   arXiv:1606.03498  Sec. 4    exp of the mean KL(p(y|x) || p(y)), by splits
 
-Features are those of the network that FID was defined on: TensorFlow's Inception of December 2015, 299 px, which is not
-torchvision's (inception.py). The functions on arrays know nothing of images; the second half of the file turns folders
+Features are those of the network that FID was defined on: TensorFlow's Inception of December 2015, 299 px,
+which is not torchvision's (inception.py). Kynkäänniemi et al. (1904.06991) use VGG-16 features for precision
+and recall, here as in MSDM's paper they are Inception's: the numbers are not comparable with theirs. The
+standard error of KID is ours. The first half of the file works on arrays only; the second half turns folders
 into arrays.
 
     python metrics.py --real data/kvasir --fake out/msdm
     python metrics.py --real data/kvasir --fake out/msdm --protocol imageclef
-    python metrics.py --real data/phantom --fake out/tiny --weights rule          # needs no download: not comparable
+    python metrics.py --real data/phantom --fake out/tiny --weights rule  # needs no download: not comparable
 """
 
 import argparse
@@ -35,8 +37,9 @@ from inception import ImageNetInception, Inception
 
 # Statistics of feature arrays
 
+
 def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
-    """|mu_1 - mu_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2)) of two Gaussians, singular covariances included."""
+    """|mu_1 - mu_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2)) of two Gaussians, singular or not."""
     mu_1, mu_2 = (as_moment(mu, f"mu_{i}", 1) for i, mu in ((1, mu_1), (2, mu_2)))
     cov_1, cov_2 = (as_moment(cov, f"cov_{i}", 2) for i, cov in ((1, cov_1), (2, cov_2)))
     if not len(mu_1) == len(mu_2) == len(cov_1) == len(cov_2):
@@ -54,8 +57,9 @@ def fid(real, fake) -> float:
 def distance_of_roots(mu_1, root_1, mu_2, root_2):
     """With cov = R^T R and M = R_1 R_2^T, cov_1 cov_2 has the nonzero eigenvalues of the symmetric M M^T.
 
-    So no root of an unsymmetric matrix is needed, nor the imaginary parts that come with one. Rounding: a zero eigenvalue
-    may come out as 1e-16 of the largest, its root as 1e-8 of it; svdvals(M) would be exact and takes several times as long.
+    So no root of an unsymmetric matrix is needed, with the imaginary parts that rounding gives it. A zero
+    eigenvalue may come out as 1e-16 of the largest, its root as 1e-8; svdvals(M) would be exact and several
+    times as slow.
     """
     m = root_1 @ root_2.T
     m = m if m.shape[0] <= m.shape[1] else m.T
@@ -65,7 +69,7 @@ def distance_of_roots(mu_1, root_1, mu_2, root_2):
 
 
 def mean_and_root(x):
-    """mu and R with R^T R the covariance of the rows of x. With fewer rows than columns R is the centred rows."""
+    """mu and R with R^T R the covariance of the rows of x. With n <= d, R is the scaled centred rows."""
     n, d = x.shape
     mu = x.mean(0, dtype=torch.float64)
     return mu, (x.double() - mu) / math.sqrt(n - 1) if n <= d else root(covariance(x, mu), "covariance")
@@ -80,22 +84,26 @@ def covariance(x, mu):
 
 
 def root(cov, name):
-    """R (rank, d) with R^T R = cov: Cholesky with pivots (LAPACK's pstrf), which ends where a singular one does."""
+    """R (rank, d) with R^T R = cov, by pivoted Cholesky (LAPACK's pstrf), which stops at the rank of cov.
+
+    The textbook's symmetric root needs eigh, which takes more than ten times as long at d = 2,048.
+    """
     factor, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov.cpu().numpy().T, lower=1)
     r = torch.from_numpy(factor.T[:rank]).triu()[:, np.argsort(pivot)].to(cov.device)
     if (cov.trace() - r.square().sum()).abs() <= 1e-6 * cov.trace().abs():
         return r
-    value, vector = torch.linalg.eigh(cov)                  # not quite a covariance: made in float32, say
+    value, vector = torch.linalg.eigh(cov)                  # not quite positive: from float32, for instance
     if value[0] < -1e-4 * value[-1].abs():
         raise BadInput(f"{name}: has negative eigenvalues, expected a covariance")
     return value.clamp_min(0).sqrt()[:, None] * vector.T
 
 
 def kid(real, fake, subset_size: int | None = None, subsets=100, seed=0) -> tuple[float, float]:
-    """Squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, unbiased (it may be negative); standard error.
+    """(MMD^2, standard error) with the kernel (x.y / d + 1)^3; unbiased, so MMD^2 may be negative.
 
-    None: over the whole sets, the error to first order from each image's share in the sum. Else the mean over random
-    subsets; those overlap, so they count as independent only as often as they fit side by side.
+    subset_size None: over the whole sets. Else the mean over random subsets; subsets overlap: the standard
+    error uses n / subset_size effective subsets (ours; most libraries report the standard deviation over
+    subsets).
     """
     real, fake = two_sets(real, fake, least=2)
     if subset_size is None:
@@ -112,18 +120,18 @@ def kid(real, fake, subset_size: int | None = None, subsets=100, seed=0) -> tupl
 
 
 def mmd(x, y):
-    """(MMD^2, standard error) by U-statistics: arXiv:1801.01401, Eq. 4; the error is that of their linear part."""
+    """(MMD^2, standard error) by U-statistics: arXiv:1801.01401, Eq. 4; our error is of their linear part."""
     m, n = len(x), len(y)
     xx, yy = ((kernel_sums(a, a)[0] - (a.double().square().mean(1) + 1) ** 3) / (len(a) - 1) for a in (x, y))
     over_y, over_x = kernel_sums(x, y)
-    over_y, over_x = over_y / n, over_x / m                 # mean kernel of each x with all y, of each y with all x
+    over_y, over_x = over_y / n, over_x / m  # mean kernel of each x with all y, of each y with all x
     value = xx.mean() + yy.mean() - over_y.mean() - over_x.mean()
     variance = 4 * ((xx - over_y).var() / m + (yy - over_x).var() / n)
     return value.item(), variance.sqrt().item()
 
 
 def kernel_sums(x, y):
-    """Sums over the rows and over the columns of the kernel matrix, in float64, a strip of it at a time."""
+    """Sums over the rows and over the columns of the kernel matrix, in float64, one strip at a time."""
     y = y.double()
     rows, columns = (torch.zeros(len(a), dtype=torch.float64, device=x.device) for a in (x, y))
     for i in torch.arange(len(x), device=x.device).split(512):
@@ -134,10 +142,16 @@ def kernel_sums(x, y):
 
 
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
-    """Precision: share of fakes inside the k-nearest-neighbour balls of the reals. Recall: the reverse. (Eq. 1, 2)
+    """Precision: share of fakes inside the k-NN balls of the reals. Recall: the reverse. (Eq. 1, 2)
 
-    Distances come from a float32 product, a strip at a time. Wherever its rounding could decide, the pair is measured
-    again in float64: a duplicate is at distance 0, and a ball contains its rim.
+    Equal to (covered(fake, real), covered(real, fake)) in float64, with
+
+        def covered(a, b):
+            radius = torch.cdist(b, b).kthvalue(k + 1, dim=1).values    # + 1: nearest to a point is itself
+            return (torch.cdist(a, b) <= radius).any(dim=1).double().mean().item()
+
+    Faster: distances come from a float32 product, one strip at a time. Wherever its rounding could decide,
+    the distance is computed again in float64: a duplicate is at distance 0, and a ball contains its boundary.
     """
     real, fake = two_sets(real, fake, least=k + 1)
     ball_real, ball_fake = radii(real, k), radii(fake, k)
@@ -157,9 +171,9 @@ def f1_score(precision, recall) -> float:
 
 
 def radii(x, k, strip=1024):
-    """Squared distance of every row to its k-th neighbour, in float64. k + 1: the nearest to a point is itself.
+    """Squared distance of every row to its k-th neighbour in float64, not counting the row itself.
 
-    A block of distances serves its rows and its columns: half of the matrix is never computed.
+    The matrix of distances is symmetric: each block serves its rows and its columns.
     """
     small, norm = centred(x, x.mean(0))
     spare = min(k + 3, len(x))                              # two more than needed: float32 may swap them
@@ -180,28 +194,29 @@ def radii(x, k, strip=1024):
             keep_nearest(a, d2, j)
             if j > i:
                 keep_nearest(b, d2.T.contiguous(), i)
-    out = torch.empty(len(x), dtype=torch.float64, device=x.device)     # pieces kept from each round would split the heap
+    out = torch.empty(len(x), dtype=torch.float64, device=x.device)     # a list of parts fragments the heap
     for i in torch.arange(len(x), device=x.device).split(256):
-        exact = torch.cdist(x[i, None].double(), x[who[i]].double(), compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+        a, b = x[i, None].double(), x[who[i]].double()
+        exact = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
         out[i] = exact.kthvalue(k + 1).values.square()
     return out
 
 
 def inside(gap, a, b, ball, slack):
-    """Which rows of a lie in a ball of b; gap (a, b) is squared distance minus squared radius, uncertain by slack."""
+    """Which rows of a lie in a ball of b; gap (a, b): squared distance minus squared radius, up to slack."""
     low, at = gap.min(1)
     found = low < -slack
     unsure = (low.abs() <= slack).nonzero()[:, 0]
     rim = ball * (1 + 1e-12)                                # sums of 2,048 squares in another order
     found[unsure] = (a[unsure].double() - b[at[unsure]]).square().sum(1) <= rim[at[unsure]]
-    for i in unsure[~found[unsure]]:                        # the closest call was a miss; rarely another one is a hit
+    for i in unsure[~found[unsure]]:                        # not in the closest ball, but perhaps in another
         others = (gap[i] <= slack).nonzero()[:, 0]
         found[i] = ((a[i].double() - b[others]).square().sum(1) <= rim[others]).any()
     return found
 
 
 def centred(x, centre):
-    """x about a centre in float32 (small numbers round less), and its squared norms."""
+    """(x - centre in float32, its squared norms): smaller numbers have smaller rounding errors."""
     small = (x - centre).float()
     return small, torch.linalg.vector_norm(small, dim=1).square()
 
@@ -225,7 +240,7 @@ def inception_score(logits, splits=10) -> tuple[float, float]:
 
 
 def as_features(x, name, least) -> torch.Tensor:
-    """(n, d) of real numbers, at least `least` rows: float32 or float64, where it is."""
+    """x as a tensor (n, d) of float32 or float64 on its own device, checked: n >= least, finite."""
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or not x.shape[1] or x.is_complex():
         raise BadInput(f"{name}: expected an array (images, features), got shape {tuple(x.shape)}")
@@ -250,7 +265,8 @@ def two_sets(real, fake, least):
 def as_moment(x, name, ndim):
     x = torch.as_tensor(x, dtype=torch.float64)
     if x.ndim != ndim or ndim == 2 and len(x) != x.shape[1]:
-        raise BadInput(f"{name}: expected a {'square matrix' if ndim == 2 else 'vector'}, got shape {tuple(x.shape)}")
+        expected = "square matrix" if ndim == 2 else "vector"
+        raise BadInput(f"{name}: expected a {expected}, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise BadInput(f"{name}: holds NaN or infinity")
     if ndim == 2 and (x - x.T).abs().max() > 1e-6 * x.abs().max():
@@ -260,17 +276,19 @@ def as_moment(x, name, ndim):
 
 # Every number of two sets
 
+
 SPLITS, K, PARTS = 10, 3, 4
 
 
 def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0) -> dict:
-    """Every number of two sets {"features", "logits"}, real or {"mu", "sigma"}; whole=False: FID and Inception Score.
+    """Every number of two sets {"features", "logits"}; real may be {"mu", "sigma"}.
 
-    FID falls as n grows. What it can tell stands beside it: two disjoint halves of the real set against each other, as
-    many fakes against one of these halves, and the spread over disjoint parts of both sets.
+    whole=False leaves out KID, precision and recall. FID decreases with n. For scale it is also computed for
+    two disjoint halves of the real set, for as many fakes against one of these halves, and for disjoint parts
+    of both sets (mean and standard deviation).
     """
     rng, out = np.random.default_rng(seed), {}
-    x, logits = shuffled(fake, rng)                         # files lie in the order of their prompts: splits must not
+    x, logits = shuffled(fake, rng)                         # files are in prompt order, splits must not be
     if logits is not None:
         out["inception_score"], out["inception_score_std"] = inception_score(logits, SPLITS)
     if "mu" in real:
@@ -300,8 +318,9 @@ def shuffled(features, rng):
 
 # Folders to features
 
+
 def image_files(folder):
-    """The images of a data folder (images/ in it) or of a plain folder, sorted. Other files are left out."""
+    """The images of a data folder (in its images/) or of a plain folder, sorted. Other files are left out."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one of images")
@@ -316,7 +335,7 @@ def image_files(folder):
 
 
 def common_side(paths) -> int:
-    """Longer side of images that all have one size; a square of it is what every image is compared in."""
+    """Longer side of images that must all have one size; every image is padded to a square of this side."""
     sizes = {}
     for path in paths:
         try:
@@ -332,7 +351,7 @@ def common_side(paths) -> int:
     return max(size)
 
 
-class Pictures(Dataset):
+class ImageFiles(Dataset):
     """uint8 (3, size, size), padded to a square as in training; size None: 299 px by numpy.resize."""
 
     def __init__(self, paths, size):
@@ -345,8 +364,9 @@ class Pictures(Dataset):
         try:
             img = open_image(self.paths[i])
         except BadInput as error:
-            return str(error)                               # raised, it would leave the worker as a page of traceback
-        pixels = np.resize(np.asarray(img), (299, 299, 3)) if self.size is None else preprocess(img, self.size)
+            return str(error)                               # raised in a worker it would be a page long
+        reflow = self.size is None
+        pixels = np.resize(np.asarray(img), (299, 299, 3)) if reflow else preprocess(img, self.size)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
@@ -356,8 +376,8 @@ def collate(items):
 
 
 def extract(net, paths, size, resize="tf1", names=("2048",), batch_size=32, workers=2, what="images"):
-    """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable one stops it: counts are true."""
-    loader = DataLoader(Pictures(paths, size), batch_size, num_workers=workers, collate_fn=collate)
+    """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable file is an error."""
+    loader = DataLoader(ImageFiles(paths, size), batch_size, num_workers=workers, collate_fn=collate)
     parts = []
     with tqdm(total=len(paths), desc=what, unit="image") as bar:
         for images in loader:
@@ -370,7 +390,7 @@ def extract(net, paths, size, resize="tf1", names=("2048",), batch_size=32, work
 
 
 def folder_key(paths, *protocol):
-    """What features depend on: every file's name, size and time of change, and the protocol."""
+    """Hash of what features depend on: every file's name, size and modification time, and the protocol."""
     files = ((p.name, p.stat()) for p in paths)
     return text_hash("features 1", *protocol, *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in files))
 
@@ -383,11 +403,12 @@ def read_stats(path, protocol):
                 moments = {name: torch.from_numpy(f[name]) for name in ("mu", "sigma")}
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{path}: expected an .npz with mu and sigma ({error})") from None
-        print(f"{path}: says nothing of weights, resize or size; taken on trust", file=sys.stderr)
+        print(f"{path}: holds no weights, resize or size to check against this run", file=sys.stderr)
         return moments
     tensors, metadata = load_safetensors(path)
     if "features" not in tensors:
-        raise BadInput(f"{path}: not a file of --real-stats, it holds {', '.join(list(tensors)[:3]) or 'nothing'}")
+        held = ", ".join(list(tensors)[:3]) or "nothing"
+        raise BadInput(f"{path}: not a file of --real-stats, it holds {held}")
     for name, value in protocol.items():
         if metadata.get(name) != value:
             raise BadInput(f"{path}: made with {name} {metadata.get(name)}, this run has {value}")
@@ -396,41 +417,49 @@ def read_stats(path, protocol):
 
 # Command line
 
+
 PROTOCOLS = {
     "fid": "pooled features (2,048) of the FID Inception",
     "imageclef": "softmax (1,000) of torchvision's ImageNet Inception-v3, images re-flowed by numpy.resize",
     "imageclef-resized": "softmax (1,000) of torchvision's ImageNet Inception-v3, images really resized",
 }
 NOTES = {
-    "fid": [],
+    "fid": [
+        "precision and recall on Inception features, as in MSDM's paper: not comparable with those of",
+        "Kynkäänniemi et al., who use VGG-16 features",
+    ],
     "imageclef": [
-        "the organisers' protocol: distances of softmax outputs lie in [0, 2] and are not comparable with FIDs of the",
-        "pooled features (--protocol fid); they used Keras' weights, so figures agree with theirs only approximately",
+        "the organisers' protocol: distances of softmax outputs lie in [0, 2], not comparable with FIDs of",
+        "the pooled features (--protocol fid); they used Keras' weights, so figures agree only approximately",
     ],
     "imageclef-resized": [
-        "the organisers' features without their numpy.resize: not comparable with their figures, nor with FIDs of the",
-        "pooled features (--protocol fid); they used Keras' weights, these are torchvision's",
+        "the organisers' features without their numpy.resize: not comparable with their figures, nor with",
+        "FIDs of the pooled features (--protocol fid); they used Keras' weights, these are torchvision's",
     ],
 }
 
 
 def table(numbers, setting) -> str:
-    """Numbers, and the protocol that they rest on, as text."""
+    """The numbers and their protocol, as text."""
     def row(name, key, note="", error=None, scale=1):
         if key not in numbers:
             return f"{name:<34}{'-':>10}"
         spread = f" ± {scale * numbers[error]:.4f}" if error else ""
         return f"{name:<34}{scale * numbers[key]:>10.4f}{spread:<13}{note}".rstrip()
 
-    n_real, n_fake, n_half, n_part = ((numbers | setting).get(n) for n in ("n_real", "n_fake", "n_half", "n_part"))
+    known = numbers | setting
+    n_real, n_fake, n_half, n_part = (known.get(n) for n in ("n_real", "n_fake", "n_half", "n_part"))
     rows = [
         row("FID", "fid", f"{n_real or 'unknown'} real, {n_fake} fake"),
-        row("  real half against real half", "fid_real_half", f"{n_half} and {n_half}: what a perfect model gets"),
+        row("  real half against real half", "fid_real_half",
+            f"{n_half} and {n_half}: what a perfect model gets"),
         row("  real half against as many fakes", "fid_fake_half", f"{n_half} and {n_half}"),
-        row(f"  mean of {PARTS} disjoint parts", "fid_parts", f"{n_part} and {n_part}, std. dev.", "fid_parts_std"),
+        row(f"  mean of {PARTS} disjoint parts", "fid_parts", f"{n_part} and {n_part}, std. dev.",
+            "fid_parts_std"),
     ]
     if setting["protocol"] == "fid":
-        subsets = f"100 subsets of {setting['kid_subset_size']}" if setting["kid_subset_size"] else "whole sets"
+        subset_size = setting["kid_subset_size"]
+        subsets = f"100 subsets of {subset_size}" if subset_size else "whole sets"
         rows += [
             row("KID x 1000", "kid", f"{subsets}, std. error", "kid_error", 1000),
             row("precision", "precision", f"k = {K}, fakes near reals"),
@@ -456,17 +485,22 @@ def table(numbers, setting) -> str:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="FID, KID, precision, recall, F1, Inception Score of image folders.",
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--real", type=Path, help="folder of real images, of any sizes")
-    parser.add_argument("--fake", type=Path, required=True, help="folder of generated images, all of one size")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="fid", help="fid, or what MEDVQA-GI 2024 computed")
-    parser.add_argument("--resize", choices=("tf1", "antialias"), default="tf1", help="to 299 px, as which library")
-    parser.add_argument("--weights", help='Inception weights: a .pth or .safetensors file, or "rule" for random ones; '
-                        "unset, the published file out of the cache or downloaded")
-    parser.add_argument("--kid-subset-size", type=int, help="images in each of 100 random subsets; unset, whole sets")
-    parser.add_argument("--real-stats", type=Path, help="file of the real features, written if absent, else read")
-    parser.add_argument("--cache", type=Path, help="folder for features; unset, .features beside each image folder")
+    parser.add_argument("--fake", type=Path, required=True, help="folder of generated images of one size")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="fid",
+                        help="fid, or what MEDVQA-GI 2024 computed")
+    parser.add_argument("--resize", choices=("tf1", "antialias"), default="tf1",
+                        help="to 299 px: as TensorFlow 1, or with antialiasing")
+    parser.add_argument("--weights", help="Inception weights: a .pth or .safetensors file, "
+                        'or "rule" for random ones; unset, the published file from the cache or downloaded')
+    parser.add_argument("--kid-subset-size", type=int,
+                        help="images in each of 100 random subsets; unset, whole sets")
+    parser.add_argument("--real-stats", type=Path,
+                        help="file of the real features, written if absent, else read")
+    parser.add_argument("--cache", type=Path,
+                        help="folder for features; unset, .features beside each image folder")
     parser.add_argument("--json", type=Path, help="file for every number and setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time through the network")
@@ -474,11 +508,13 @@ def parse(argv):
     args = parser.parse_args(argv)
     stats = args.real_stats
     if args.real is None and not (stats and stats.is_file()):
-        raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else "expected --real, a folder")
+        raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else
+                       "expected --real, a folder")
     if stats and stats.suffix != ".safetensors" and not (stats.suffix == ".npz" and stats.is_file()):
         raise BadInput(f"{stats}: expected a .safetensors file, or an .npz that is there already")
     if args.batch_size < 1 or args.workers < 0:
-        raise BadInput(f"expected --batch-size >= 1 and --workers >= 0, got {args.batch_size} and {args.workers}")
+        raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
+                       f"got {args.batch_size} and {args.workers}")
     return args
 
 
@@ -492,12 +528,14 @@ def main(argv=None):
         raise BadInput(f"{args.fake}: expected at least {SPLITS} images, one a split of the Inception Score, "
                        f"got {len(fake_paths)}")
     if not known and len(real_paths) <= K:
-        raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, got {len(real_paths)}")
+        raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, "
+                       f"got {len(real_paths)}")
     if known and args.real:
         print(f"real features come from {args.real_stats}; {args.real} is not read", file=sys.stderr)
     smaller = min(len(fake_paths), len(real_paths) or len(fake_paths))
     if args.kid_subset_size is not None and not 2 <= args.kid_subset_size <= smaller:
-        raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, got {args.kid_subset_size}")
+        raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, "
+                       f"got {args.kid_subset_size}")
 
     size = common_side(fake_paths)
     device = best_device(args.device)

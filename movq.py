@@ -1,7 +1,7 @@
 """MoVQ, the autoencoder of Kandinsky 2.2 and, wider, of 3.0. Published weights only: nothing here trains it.
 
 VQGAN  arXiv:2012.09841  Sec. 3.1  encoder, codebook, decoder
-MoVQ   arXiv:2209.09002  a VQGAN whose decoder's normalisation is modulated by the latent
+MoVQ   arXiv:2209.09002            a VQGAN whose decoder normalisation is modulated by the latent
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from weights import DIFFUSERS_NAMES, check_config, load_published
 
 
 class PlainNorm(nn.GroupNorm):
-    """The encoder's normalisation, called like the decoder's."""
+    """The encoder's group normalisation, with the call signature of the decoder's SpatialNorm."""
 
     def __init__(self, ch):
         super().__init__(32, ch, eps=1e-6)
@@ -27,7 +27,7 @@ class PlainNorm(nn.GroupNorm):
 
 
 class SpatialNorm(nn.Module):
-    """norm(x) scale(z) + shift(z): the latent speaks to every layer of the decoder (MoVQ)."""
+    """norm(x) scale(z) + shift(z), scale and shift 1x1 convolutions of the latent (MoVQ)."""
 
     def __init__(self, ch, latent_ch):
         super().__init__()
@@ -36,12 +36,15 @@ class SpatialNorm(nn.Module):
         self.shift = nn.Conv2d(latent_ch, ch, 1)
 
     def forward(self, x, z):
-        # A 1x1 convolution and nearest upsampling commute: convolve the small picture.
-        scale, shift = (F.interpolate(y, x.shape[-2:], mode="nearest") for y in (self.scale(z), self.shift(z)))
+        # A 1x1 convolution and nearest upsampling commute: the convolution is cheaper on the small latent.
+        small = self.scale(z), self.shift(z)  # (b, c, latent_h, latent_w) each
+        scale, shift = (F.interpolate(y, x.shape[-2:], mode="nearest") for y in small)  # (b, c, h, w) each
         return self.plain(x) * scale + shift
 
 
 class MoVQResBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions; z is the latent, for the decoder's norm."""
+
     def __init__(self, in_ch, out_ch, norm):
         super().__init__()
         self.norm_1 = norm(in_ch)
@@ -51,12 +54,12 @@ class MoVQResBlock(nn.Module):
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
 
     def forward(self, x, z=None):
-        y = self.conv_1(F.silu(self.norm_1(x, z)))
+        y = self.conv_1(F.silu(self.norm_1(x, z)))  # (b, out_ch, h, w)
         return self.skip(x) + self.conv_2(F.silu(self.norm_2(y, z)))
 
 
 class MoVQAttention(Attention):
-    """Every pixel looks at every pixel, with one head."""
+    """Single-head self-attention over all positions, residual (VQGAN)."""
 
     def __init__(self, ch, norm):
         super().__init__(ch, ch, n_heads=1, bias=True)
@@ -64,26 +67,29 @@ class MoVQAttention(Attention):
 
     def forward(self, x, z=None):
         h, w = x.shape[-2:]
-        y = (self.norm(x.flatten(2)) if z is None else self.norm(x, z).flatten(2)).transpose(1, 2)  # (b, h * w, c)
+        y = self.norm(x.flatten(2)) if z is None else self.norm(x, z).flatten(2)
+        y = y.transpose(1, 2)  # (b, h * w, c)
         return rearrange(super().forward(y, y), "b (h w) c -> b c h w", h=h, w=w) + x
 
 
 class Downsample(nn.Conv2d):
-    """3x3 convolution with stride 2; the padding is to the right and below only."""
+    """3x3 convolution with stride 2, padded on the right and at the bottom only."""
 
     def __init__(self, ch):
         super().__init__(ch, ch, 3, stride=2)
 
     def forward(self, x, z=None):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, (0, 1, 0, 1)))  # (b, c, h, w) -> (b, c, h / 2, w / 2)
 
 
 class Upsample(nn.Conv2d):
+    """Nearest upsampling by 2, then a 3x3 convolution."""
+
     def __init__(self, ch):
         super().__init__(ch, ch, 3, padding=1)
 
     def forward(self, x, z=None):
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 h, 2 w)
 
 
 class MoVQLevel(nn.Module):
@@ -91,7 +97,8 @@ class MoVQLevel(nn.Module):
 
     def __init__(self, in_ch, out_ch, norm, n_res, n_attn, resample=None):
         super().__init__()
-        self.res = nn.ModuleList(MoVQResBlock(in_ch if i == 0 else out_ch, out_ch, norm) for i in range(n_res))
+        self.res = nn.ModuleList(
+            MoVQResBlock(in_ch if i == 0 else out_ch, out_ch, norm) for i in range(n_res))
         self.attn = nn.ModuleList(MoVQAttention(out_ch, norm) for _ in range(n_attn))
         self.resample = resample
 
@@ -104,32 +111,37 @@ class MoVQLevel(nn.Module):
 
 
 class MoVQEncoder(nn.Module):
+    """forward(img (b, 3, H, W)) -> (b, latent_ch, H / s, W / s), s = 2^(levels - 1)."""
+
     def __init__(self, widths, attention, n_res, latent_ch):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, (ch, has_attention) in enumerate(zip(widths, attention, strict=True)):
+            above = widths[max(i - 1, 0)]
             resample = Downsample(ch) if i + 1 < len(widths) else None
-            self.down.append(MoVQLevel(widths[max(i - 1, 0)], ch, PlainNorm, n_res, n_res * has_attention, resample))
+            self.down.append(MoVQLevel(above, ch, PlainNorm, n_res, n_res * has_attention, resample))
         self.mid = MoVQLevel(ch, ch, PlainNorm, 2, 1)
         self.norm_out = PlainNorm(ch)
         self.conv_out = nn.Conv2d(ch, latent_ch, 3, padding=1)
 
     def forward(self, img):
-        x = self.conv_in(img)
+        x = self.conv_in(img)                           # (b, widths[0], H, W)
         for level in (*self.down, self.mid):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level(x)                                # at last (b, widths[-1], H / s, W / s)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (b, latent_ch, H / s, W / s)
 
 
 class MoVQDecoder(nn.Module):
+    """forward(y (b, latent_ch, h, w), z (b, z_ch, h, w)) -> img (b, 3, s h, s w); z modulates every norm."""
+
     def __init__(self, widths, attention, n_res, latent_ch, z_ch):
         super().__init__()
         norm = partial(SpatialNorm, latent_ch=z_ch)
         above = widths[-1]
         self.conv_in = nn.Conv2d(latent_ch, above, 3, padding=1)
         self.mid = MoVQLevel(above, above, norm, 2, 1)
-        self.up = nn.ModuleList()  # from the smallest picture to the largest
+        self.up = nn.ModuleList()  # from the smallest feature map to the largest
         for i, (ch, has_attention) in enumerate(zip(reversed(widths), attention, strict=True)):
             resample = Upsample(ch) if i + 1 < len(widths) else None
             self.up.append(MoVQLevel(above, ch, norm, n_res, n_res * has_attention, resample))
@@ -138,17 +150,17 @@ class MoVQDecoder(nn.Module):
         self.conv_out = nn.Conv2d(ch, 3, 3, padding=1)
 
     def forward(self, y, z):
-        y = self.conv_in(y)
+        y = self.conv_in(y)                                # (b, widths[-1], h, w)
         for level in (self.mid, *self.up):
-            y = level(y, z)
-        return self.conv_out(F.silu(self.norm_out(y, z)))
+            y = level(y, z)                                # at last (b, widths[0], s h, s w)
+        return self.conv_out(F.silu(self.norm_out(y, z)))  # (b, 3, s h, s w)
 
 
 class MoVQ(nn.Module):
-    """encode(img) -> z, decode(z) -> img; img (b, 3, h, w) in [-1, 1], z (b, 4, h/8, w/8) not scaled, not quantised.
+    """encode(img) -> z, decode(z) -> img; img (b, 3, h, w) in [-1, 1], z (b, 4, h / 8, w / 8) as published.
 
-    Kandinsky's diffusion models live in the z before the codebook, so the codebook is only a parameter of the file;
-    quantise is what MoVQ itself was trained with.
+    z is neither scaled nor quantised: Kandinsky's diffusion models use the latent before the codebook, which
+    is only a parameter of the file. quantise is what MoVQ itself was trained with.
     """
 
     published_names = (
@@ -170,7 +182,7 @@ class MoVQ(nn.Module):
 
     def __init__(self, widths, down_attention, up_attention, n_res, latent_ch, z_ch, n_codes):
         super().__init__()
-        self.factor = 2 ** (len(widths) - 1)  # pixels a latent cell is wide
+        self.factor = 2 ** (len(widths) - 1)  # side of a latent cell in pixels
         self.encoder = MoVQEncoder(widths, down_attention, n_res, latent_ch)
         self.quant_conv = nn.Conv2d(latent_ch, z_ch, 1)
         self.codebook = nn.Embedding(n_codes, z_ch)
@@ -184,22 +196,25 @@ class MoVQ(nn.Module):
         return self.decoder(self.post_quant_conv(z), z)
 
     def quantise(self, z):
-        """The nearest codebook entry at each place (VQGAN, Eq. 2)."""
+        """The nearest codebook entry at each position, (b, z_ch, h, w) like z (VQGAN, Eq. 2)."""
         b, _, h, w = z.shape
-        nearest = torch.cdist(rearrange(z, "b c h w -> (b h w) c"), self.codebook.weight).argmin(dim=1)
+        distances = torch.cdist(rearrange(z, "b c h w -> (b h w) c"), self.codebook.weight)
+        nearest = distances.argmin(dim=1)  # (b * h * w,)
         return rearrange(self.codebook(nearest), "(b h w) c -> b c h w", b=b, h=h, w=w)
 
 
 def build_movq(config: dict):
-    """MoVQ from its published config.json."""
-    down, up = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+    """MoVQ from its published config.json; BadInput for settings that are not supported."""
+    down = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")  # without, with attention
+    up = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
     c = check_config(
         config, "MoVQ", "VQModel",
         defaults={"block_out_channels": (64,), "down_block_types": down[:1], "up_block_types": up[:1],
                   "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": None, "num_vq_embeddings": 256,
-                  "sample_size": 32, "scaling_factor": 0.18215, "force_upcast": False},  # these three change nothing here
+                  "sample_size": 32, "scaling_factor": 0.18215, "force_upcast": False},  # the last 3: unused
         allowed={"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",), "norm_num_groups": (32,),
-                 "norm_type": ("spatial",), "mid_block_add_attention": (True,), "lookup_from_codebook": (False,)})
+                 "norm_type": ("spatial",), "mid_block_add_attention": (True,),
+                 "lookup_from_codebook": (False,)})
     for key, kinds in (("down_block_types", down), ("up_block_types", up)):
         if len(c[key]) != len(c["block_out_channels"]) or set(c[key]) - set(kinds):
             raise BadInput(f"MoVQ: not supported: {key}={c[key]!r}")
@@ -209,4 +224,5 @@ def build_movq(config: dict):
 
 
 def load_movq(folder, dtype=torch.float32):
+    """MoVQ from a published folder of config.json and safetensors, in evaluation mode."""
     return load_published(build_movq, folder, dtype)

@@ -1,4 +1,4 @@
-"""MSDM: text encoder, KL-VAE and U-Net as one text-to-image model; its loss; how it is trained in the VAE's latents.
+"""MSDM: text encoder, KL-VAE and U-Net as one text-to-image model; its loss and its training in latents.
 
 DDPM  arXiv:2006.11239  Algorithm 1 and Eq. 14, the training step
 LDM   arXiv:2112.10752  Eq. 3, the same in latents and with text
@@ -6,7 +6,7 @@ CFG   arXiv:2207.12598  Algorithm 1, text dropped at random
 Self-conditioning  arXiv:2208.04202  the estimate of x_0 is fed back, without gradient
 
     python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
-    python msdm.py --data data/mine --init runs/msdm/best.safetensors --out runs/mine     # the whole U-Net on other images
+    python msdm.py --data data/mine --init runs/msdm/best.safetensors --out runs/mine  # fine-tunes the U-Net
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Diffusion:
     beta_end: float = 0.02
     T: int = 1000
     image_size: int = 256  # pixels
-    guidance: float = 4.5  # that images are sampled with when nothing else is asked for
+    guidance: float = 4.5  # default of sampling; 1 is off
 
     def alpha_bar(self):
         return schedule(self.schedule, self.T, self.beta_start, self.beta_end)
@@ -78,12 +78,12 @@ class MSDM(nn.Module):
 
     @property
     def defaults(self):
-        """Settings of sample_batch when nothing else is asked for."""
+        """Default settings of sample_batch."""
         return {"steps": 150, "guidance": self.diffusion.guidance}
 
     @property
     def networks(self):
-        """What adapters may be on."""
+        """The networks that adapters can be attached to."""
         return [self.unet]
 
     def latent_shape(self):
@@ -91,30 +91,31 @@ class MSDM(nn.Module):
         return (self.vae.config.latent_channels, side, side)
 
     def prepare(self, prompts, cache=None):
-        """Nothing: prompts are encoded with each batch."""
+        """Does nothing: prompts are encoded with each batch."""
 
     def denoiser(self, prompts, guidance, negative_prompt=""):
-        """The closure that a solver calls: denoise(x_t, t) -> (x_0, None) of one batch of latents, a prompt for each."""
+        """denoise(x_t, t) -> (x_0, None) for a solver, on one batch of latents with a prompt for each."""
         b = len(prompts)
-        states, mask = self.text([*prompts, negative_prompt])
+        states, mask = self.text([*prompts, negative_prompt])  # (b + 1, n, d), (b + 1, n)
         cond, null = (states[:b], mask[:b]), (states[b:].expand(b, -1, -1), mask[b:].expand(b, -1))
         predict = guided(self.unet, cond, null, guidance)
         return denoiser(predict, self.diffusion.alpha_bar(), self.diffusion.prediction,
-                                  self_conditioning=self.unet.config.self_conditioning)
+                        self_conditioning=self.unet.config.self_conditioning)
 
-    def sample(self, prompts, seed=0, steps=150, solver="ddpm", guidance=None, negative_prompt="", batch_size=16):
-        """Images uint8 (len(prompts), 3, h, w). Image i depends on its prompt and on seed + i, not on the batch size.
+    def sample(self, prompts, seed=0, steps=150, solver="ddpm", guidance=None, negative_prompt="",
+               batch_size=16):
+        """uint8 (len(prompts), 3, h, w). Image i depends on its prompt and seed + i, not on the batch size.
 
         guidance None: the checkpoint's own.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         guidance = self.diffusion.guidance if guidance is None else guidance
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, steps=steps, solver=solver,
-                                           guidance=guidance, negative_prompt=negative_prompt)
+                                 guidance=guidance, negative_prompt=negative_prompt)
 
     @torch.inference_mode()
     def sample_batch(self, prompts, seeds, steps, solver, guidance, negative_prompt=""):
-        """One batch: a prompt and a seed for each image."""
+        """uint8 (b, 3, h, w) of one batch: a prompt and a seed for each image."""
         denoise, draw = self.denoiser(prompts, guidance, negative_prompt), seeded_noise(seeds)
 
         def noise():
@@ -125,21 +126,24 @@ class MSDM(nn.Module):
             SOLVERS[solver](denoise, noise(), self.diffusion.alpha_bar(), times, noise)))
 
     def tensors(self):
-        """Everything a checkpoint holds: a public text encoder is named in the metadata, not copied."""
+        """The tensors of a checkpoint, without a public text encoder, which the metadata names."""
         return {k: v for k, v in self.state_dict().items() if self.text.trained or not k.startswith("text.")}
 
     def metadata(self):
+        """Metadata of a checkpoint: everything that rebuilds the model around its tensors."""
         return {"kind": "msdm", "format": FORMAT, "preset": self.preset, "unet": asdict(self.unet.config),
-                "vae": asdict(self.vae.config), "text": self.text.metadata(), "diffusion": asdict(self.diffusion)}
+                "vae": asdict(self.vae.config), "text": self.text.metadata(),
+                "diffusion": asdict(self.diffusion)}
 
 
 FORMAT = 2  # of the files that this code writes
 
 
 def load_meta(path):
-    """The metadata of a checkpoint, without reading a tensor."""
+    """The metadata of a checkpoint, read without its tensors."""
     meta = load_metadata(path)
-    check_format(path, meta, "msdm", FORMAT, "train it anew with msdm.py, or import released weights again with release.py")
+    check_format(path, meta, "msdm", FORMAT,
+                 "train it anew with msdm.py, or import released weights again with release.py")
     return meta
 
 
@@ -164,25 +168,29 @@ def load(path, device="cpu") -> MSDM:
     return model.to(device).eval().requires_grad_(False)
 
 
-# Training: what it learns from
+# Training: presets and data
 
 
 DIFFUSION = {
     "paper": Diffusion(),
     "tiny": Diffusion("v", "linear", 0.0001, 0.02, image_size=64),
 }
-TRAINING = {  # what flags mean in a preset when they are not given
-    "paper": {"size": 256, "text_encoder": "openai/clip-vit-large-patch14", "loss": "l1", "steps": 100_000, "batch_size": 64,
-              "lr": 1e-4, "muon_lr": 0.0, "warmup": 0, "cosine": False, "ema_decay": 0.9999, "jitter": 0.4, "views": 8,
-              "join": 1, "logit_normal": None, "p_uncond": 0.2, "p_self_cond": 0.5},
-    "tiny": {"size": 64, "text_encoder": "train", "loss": "l2", "steps": 2050, "batch_size": 16,
-             "lr": 1e-3, "muon_lr": 3e-3, "warmup": 200, "cosine": True, "ema_decay": 0.999, "jitter": 0.0, "views": 1,
-             "join": 8, "logit_normal": (-0.4, 0.9), "p_uncond": 0.2, "p_self_cond": 0.5},
+DIFFUSION["demo"] = DIFFUSION["tiny"]
+TRAINING = {  # values of the flags that are not given, by preset
+    "paper": {"size": 256, "text_encoder": "openai/clip-vit-large-patch14", "loss": "l1", "steps": 100_000,
+              "batch_size": 64, "lr": 1e-4, "muon_lr": 0.0, "warmup": 0, "cosine": False, "ema_decay": 0.9999,
+              "jitter": 0.4, "views": 8, "join": 1, "logit_normal": None, "p_uncond": 0.2,
+              "p_self_cond": 0.5},
+    "tiny": {"size": 64, "text_encoder": "train", "loss": "l2", "steps": 2050,
+             "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 200, "cosine": True, "ema_decay": 0.999,
+             "jitter": 0.0, "views": 1, "join": 8, "logit_normal": (-0.4, 0.9), "p_uncond": 0.2,
+             "p_self_cond": 0.5},
 }
+TRAINING["demo"] = TRAINING["tiny"] | {"steps": 450, "warmup": 20, "ema_decay": 0.99}
 
 
 def encode_latents(vae, images, jitter, views, seed, device):
-    """(n, views, 2 c, h, w) float16: mean and log-variance of every image under `views` brightness and contrast changes."""
+    """(n, views, 2 c, h, w) float16: latent mean and log-variance of each image's `views` jittered copies."""
     out = []
     for part in tqdm(data.batches(len(images), 32), "latents", unit="batch", disable=len(images) < 500):
         for view in range(views):
@@ -197,13 +205,14 @@ def encode_latents(vae, images, jitter, views, seed, device):
 
 
 def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1):
-    """(encode_latents of the images of records, the records that could be read); kept in the folder.
+    """(encode_latents of the images of records, the records that could be read), cached in the folder.
 
-    sources: hashes of the VAE and the data.
+    sources: hashes of the VAE and the data, part of the cache's key.
     """
     def make():
         images, kept = data.load_images(records, args.size, args.crop)
-        return {"moments": encode_latents(vae, images, jitter, views, args.seed, world.device)}, {"names": [r.name for r in kept]}
+        moments = encode_latents(vae, images, jitter, views, args.seed, world.device)
+        return {"moments": moments}, {"names": [r.name for r in kept]}
 
     key = text_hash(*sources, args.size, args.crop, jitter, views, args.seed, *(r.name for r in records))
     tensors, meta = cached(folder / f"latents-{key}.safetensors", make, world.is_main)
@@ -212,9 +221,10 @@ def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1):
 
 
 class CaptionSampler:
-    """Picks captions for a batch of images (joins up to `join` of an image, drops all with p_uncond) and encodes them.
+    """Picks captions for a batch of images and encodes them.
 
-    The output of a frozen encoder is cached where the captions are not joined.
+    An image's caption joins up to `join` of its prompts, or is empty with probability p_uncond. The output of
+    a frozen encoder is cached, unless captions are joined.
     """
 
     def __init__(self, records, val_records, text, join, p_uncond):
@@ -227,16 +237,17 @@ class CaptionSampler:
             self.cache = [torch.cat(p) for p in zip(*(text(distinct[part]) for part in parts), strict=True)]
 
     def draw(self, indices, generator):
-        """A prompt for each image, some of them empty."""
+        """A prompt for each of the images `indices`."""
         prompts = []
         for i in indices.tolist():
             own = self.records[i].prompts
             n = int(torch.randint(1, 1 + min(self.join, len(own)), (), generator=generator))
-            prompts.append(" ".join(own[j] for j in torch.randperm(len(own), generator=generator)[:n].tolist()))
+            chosen = torch.randperm(len(own), generator=generator)[:n].tolist()
+            prompts.append(" ".join(own[j] for j in chosen))
         return data.drop_context(prompts, self.p_uncond, generator)
 
     def encode(self, prompts):
-        """(states (b, n, d), mask (b, n))"""
+        """(states (b, n, d), mask (b, n)) of b prompts."""
         if self.cache is None:
             return self.text(prompts)
         rows = torch.tensor([self.rows[p] for p in prompts], device=self.cache[0].device)
@@ -247,7 +258,11 @@ class CaptionSampler:
 
 
 def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, self_cond):
-    """DDPM, Algorithm 1: the error of the network at x_t. self_cond (b,) true where the estimate of x_0 is fed back."""
+    """DDPM, Algorithm 1: the network's error at x_t, a scalar.
+
+    x_0, eps (b, c, h, w); text (b, n, d); text_mask (b, n); t (b,); alpha_bar (T,); loss "l1" or "l2";
+    self_cond (b,), true where the estimate of x_0 is fed back (arXiv:2208.04202), or None.
+    """
     a_t = alpha_bar[t].view(-1, 1, 1, 1)
     x_t = q_sample(x_0, a_t, eps)
     estimate = None
@@ -263,14 +278,14 @@ def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, self
 
 
 class Objective:
-    """What a step draws from the latents and captions of a data folder, and the loss of it."""
+    """The random batch of a step, from the latents and captions of a data folder, and its loss."""
 
     def __init__(self, model, latents, captions, args):
         self.model, self.latents, self.captions, self.args = model, latents, captions, args
         self.alpha_bar = model.diffusion.alpha_bar().float().to(model.device)
 
     def draw_batch(self, indices, generator):
-        """Everything random of a step on the images `indices`: latents, times, noise, self-conditioning, captions."""
+        """Everything random of a step on the images `indices`, as a Batch of CPU tensors and prompts."""
         b, args = len(indices), self.args
         view = torch.randint(self.latents.shape[1], (b,), generator=generator)
         mu, logvar = self.latents[indices, view].float().chunk(2, dim=1)
@@ -283,7 +298,7 @@ class Objective:
                               prompts=self.captions.draw(indices, generator))
 
     def held_out(self, latents, records):
-        """A validation batch: mean latents and first captions of records, fixed times and noise, no self-conditioning."""
+        """Validation batch: mean latents, first captions, fixed times and noise, no self-conditioning."""
         x_0 = self.model.vae.latent_scale.cpu() * latents[:, 0].float().chunk(2, dim=1)[0]
         t, eps = training.fixed_noise(len(x_0), x_0.shape[1:], self.model.T)
         return training.Batch(x_0=x_0, t=t, eps=eps, self_cond=None, prompts=[r.prompts[0] for r in records])
@@ -301,7 +316,7 @@ class Objective:
 
 
 def new_model(args, vae, text, prompts):
-    """An untrained U-Net and, where no frozen one is given, a text encoder whose tokenizer is learnt from the prompts."""
+    """An untrained model; if text is None, its text encoder has a tokenizer learnt from the prompts."""
     if text is None:
         text = TextTransformer(TextConfig(*learn_tokenizer(prompts)))
     text_dim = text.config.dim if text.trained else text.model.config.hidden_size
@@ -312,12 +327,15 @@ def new_model(args, vae, text, prompts):
 def check_size(args, vae):
     multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
     if args.size < 1 or args.size % multiple:
-        raise BadInput(f"--size {args.size} is not divisible by {multiple}: {args.vae} and the U-Net halve the image so often")
+        raise BadInput(f"--size {args.size} is not divisible by {multiple}, "
+                       f"the downsampling of {args.vae} times that of the U-Net")
 
 
 def train(args):
-    """Train, on the latents of a data folder, a new U-Net and a text encoder of its own where no public one is named; with
-    --init the U-Net of a checkpoint, whose VAE and text encoder stay as they are."""
+    """Train a new U-Net and, unless a public one is named, its text encoder on the latents of a data folder.
+
+    With --init, the U-Net of a checkpoint is trained; its VAE and text encoder stay as they are.
+    """
     world = training.start(args.device)
     device = world.device
     base, frozen = load(args.init, device) if args.init else None, None
@@ -325,13 +343,16 @@ def train(args):
     if base is None:
         check_size(args, vae)
         if args.text_encoder != "train":
-            frozen = FrozenCLIP(args.text_encoder, dtype=torch.float16 if device.type == "cuda" else torch.float32)
+            frozen = FrozenCLIP(args.text_encoder,
+                                dtype=torch.float16 if device.type == "cuda" else torch.float32)
     train_records, val_records, fingerprint = training.read_data(args)
     vae_hash = file_hash(args.init or args.vae)
-    run = training.Run(args.out, {k: v for k, v in vars(args).items() if k != "out"} | {"source": vae_hash}, fingerprint, world)
+    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"source": vae_hash}
+    run = training.Run(args.out, settings, fingerprint, world)
 
     sources = vae_hash, fingerprint
-    latents, train_records = latents_of(train_records, args, vae, sources, run.folder, world, args.jitter, args.views)
+    latents, train_records = latents_of(train_records, args, vae, sources, run.folder, world, args.jitter,
+                                        args.views)
     val_latents, val_records = latents_of(val_records, args, vae, sources, run.folder, world)
     training.seed_step(args.seed, "weights")
     model = base or new_model(args, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
@@ -361,7 +382,8 @@ def train(args):
         indices = world.batch(len(train_records), args.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world, factor)
+        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
+                                         factor)
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
@@ -372,32 +394,34 @@ def train(args):
 
 
 def save_samples(run, step, model, val_records, args):
-    """A sheet of held-out prompts, always of the same seeds."""
+    """Sample sheet: images of held-out prompts, always with the same seeds."""
     prompts = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
     if prompts:
         run.save_samples(step, model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp"))
 
 
 def add_flags(parser, flag):
-    """The flags of an Objective and its run; flag: what training.add_flags returned."""
-    parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how an image becomes a square")
+    """The flags of an Objective and its run; flag: the function that training.add_flags returned."""
+    parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad",
+                        help="how an image becomes a square")
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
-    flag("views", "changed copies of an image among the cached latents", type=int)
-    flag("join", "read up to so many prompts of an image as one", type=int)
-    flag("p_uncond", "share of prompts made empty", type=float)
+    flag("views", "copies of an image, each with its own jitter, among the cached latents", type=int)
+    flag("join", "join up to this number of an image's prompts into one caption", type=int)
+    flag("p_uncond", "share of captions made empty, for classifier-free guidance", type=float)
     flag("loss", "absolute (l1) or squared (l2) error", choices=("l1", "l2"))
-    flag("logit_normal", "mean and deviation of the logit of t / T; None: uniform t", type=float, nargs=2, metavar=("M", "S"))
+    flag("logit_normal", "mean and deviation of the logit of t / T; None: uniform t", type=float, nargs=2,
+         metavar=("M", "S"))
     flag("p_self_cond", "share of a batch in which the estimate of x_0 is fed back", type=float)
-    flag("ema_decay", "of the averaged weights", type=float)
+    flag("ema_decay", "decay of the averaged weights", type=float)
     parser.add_argument("--shown", type=int, default=16, help="images in the sample sheet")
     parser.add_argument("--sample-steps", type=int, default=25, help="solver steps of the sample sheet")
 
 
 def what_init_fixes(args):
-    """Settings that --init's checkpoint decides; a flag that says otherwise is refused."""
+    """Settings that --init's checkpoint decides; BadInput if a flag has another value."""
     meta = load_meta(args.init)
-    text = meta["text"]
-    own = {"preset": meta["preset"], "size": meta["diffusion"]["image_size"], "text_encoder": text.get("name", "train")}
+    own = {"preset": meta["preset"], "size": meta["diffusion"]["image_size"],
+           "text_encoder": meta["text"].get("name", "train")}
     for name, value in own.items():
         if (given := getattr(args, name, None)) not in (None, value):
             raise BadInput(f"--{name.replace('_', '-')} {given}: {args.init} has {value}")
@@ -410,11 +434,14 @@ def check_flags(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train MSDM's U-Net in the latents of a trained VAE. Values in brackets are those "
-                                                 "of the presets.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(TRAINING), help="network and training settings; None: --init's, or tiny")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Train MSDM's U-Net in the latents of a trained VAE. "
+                                                 "Values in brackets are those of the presets.")
+    parser.add_argument("--preset", choices=sorted(TRAINING),
+                        help="network and training settings; None: --init's, or tiny")
     parser.add_argument("--vae", help="checkpoint of vae.py")
-    parser.add_argument("--init", help="checkpoint of msdm.py to start from instead: its VAE and text encoder are kept")
+    parser.add_argument("--init",
+                        help="checkpoint of msdm.py to start from instead: its VAE and text encoder are kept")
     flag = training.add_flags(parser, TRAINING)
     flag("size", "side of the images, pixels", type=int)
     flag("text_encoder", "CLIP text model by name or folder, or train")

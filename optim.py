@@ -1,7 +1,7 @@
 """Optimisers and the learning rate: AdamW, Muon for the inner weight matrices, warm-up and cosine.
 
 SGDR  arXiv:1608.03983  half a cosine
-Muon  arXiv:2502.16982  Sec. 2.1 Newton-Schulz orthogonalisation (Jordan et al. 2024), Sec. 2.2 the scale of the update
+Muon  arXiv:2502.16982  Sec. 2.1 Newton-Schulz orthogonalisation (Jordan et al. 2024), Sec. 2.2 update scale
 """
 
 import math
@@ -10,16 +10,16 @@ import torch
 
 
 def lr_factor(step, warmup, steps=None):
-    """Share of the learning rate: linear warm-up, then 1; with steps, half a cosine down to 0 there (SGDR, arXiv:1608.03983)."""
-    share = min(1.0, (step + 1) / max(1, warmup))
-    return share if steps is None else share * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+    """Multiplier of the base learning rate: linear warm-up, then 1; with steps, half a cosine to 0 (SGDR)."""
+    factor = min(1.0, (step + 1) / max(1, warmup))
+    return factor if steps is None else factor * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
 def orthogonalise(x):
-    """Matrices (n, rows, columns) with every singular value moved to about 1: five Newton-Schulz steps (Muon, Sec. 2.1).
+    """Matrices (n, rows, columns) with all singular values moved to about 1 by five Newton-Schulz steps.
 
-    A step is x <- q x with q = 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2. All q and x x^T commute, so the steps are
-    taken on the small square matrices alone and the rectangular ones are multiplied once.
+    A step is x <- q x with q = 3.4445 - 4.7750 x x^T + 2.0315 (x x^T)^2 (Muon, Sec. 2.1). All q and x x^T
+    commute, so the steps are taken on the small square matrices and the rectangular ones are multiplied once.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonalise(x.mT).mT
@@ -34,10 +34,11 @@ def orthogonalise(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised: no direction of a weight matrix learns faster than another.
+    """SGD with Nesterov momentum whose update is replaced by its nearest orthogonal matrix.
 
-    For weights of two or more dimensions, convolutions as (out, in * h * w). The update has a root mean square of about
-    0.2 lr, as AdamW's (Sec. 2.2), so that learning rates are alike. Weights of one shape go through in one batch.
+    All its singular values become about 1. For weights of two or more dimensions, convolutions as
+    (out, in * h * w). The update has a root mean square of about 0.2 lr, as AdamW's (Sec. 2.2), so that
+    learning rates are alike. Weights of one shape are orthogonalised in one batch.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -63,7 +64,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """AdamW for named parameters; with muon_lr, Muon for the weights of two or more dimensions among them.
 
-    ends: prefixes of the names that stay with AdamW all the same: a network's first and last layer, and embeddings.
+    ends: prefixes of the names that stay with AdamW nevertheless: first and last layers, embeddings.
     """
 
     def __init__(self, params: dict, lr, muon_lr=None, ends=()):
@@ -74,7 +75,7 @@ class Optimizers:
             self.parts.append(Muon([params[k] for k in inner], lr=muon_lr))
 
     def step(self, factor):
-        """One step at `factor` times the learning rates; the gradients are gone afterwards."""
+        """One step at `factor` times the base learning rates; clears the gradients."""
         for opt in self.parts:
             for group in opt.param_groups:
                 group["lr"] = factor * opt.defaults["lr"]

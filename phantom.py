@@ -1,21 +1,24 @@
-"""Drawn endoscopy pictures with exact attributes, as a data folder: no download, and pictures can be scored.
+"""Phantoms: rendered endoscopy images with exact attributes, as a data folder.
 
-A scene is drawn from (seed, index) alone, in units of the picture's side from the upper left; `render` paints it at any
-size: 64 and 256 px show the same scene. What a prompt can ask for, and what counts as true:
+They need no download, and an image generated from their prompts can be checked. A scene depends on (seed,
+index) only, in units of the image's side from the upper left; it is the same at every size that it is
+rendered at. Attributes:
 
-    polyps       0, 1, 2 or 3, a quarter of the pictures each; they never touch. n_findings is their number.
-    cells        a polyp covers a cell of the 3x3 grid when at least 30 % of its visible area lies there, and always the
-                 cell with most of it. The head without the stalk counts; the frame's corners and the box hide.
-    size         radius of the head 0.071 (< 5mm), 0.103 (5-10mm), 0.146 (11-20mm), 0.203 (>20mm), each +- 7 %:
-                 4.5, 6.6, 9.3, 13 px of 64. A flat head is an ellipse of the same area, semi-axes 1.3 r and r / 1.3.
+    polyps       0, 1, 2 or 3, a quarter of the images each; they never touch. n_findings is their number.
+    cells        a polyp covers a cell of the 3x3 grid when at least 30 % of its visible area lies there, and
+                 always the cell with most of it. The head counts, not its stalk or what frame and box hide.
+    size         radius of the head 0.071 (< 5mm), 0.103 (5-10mm), 0.146 (11-20mm), 0.203 (>20mm), each
+                 +- 7 %: 4.5, 6.6, 9.3, 13 px of 64. A flat head is an ellipse of the same area, semi-axes
+                 1.3 r and r / 1.3.
     paris        is: round dome; ip: dome on a stalk; iia: flat wide ellipse, dull
     colors       one of COLORS; on a quarter of the two larger classes two, a half each
-    instruments  0 (half of the pictures), 1 or 2 shafts from an edge, clear of polyps; one lies in a cell with at least
-                 30 % of its visible length, and always in the cell with most of it
-    box, text    half of the pictures each; the box is green or black in the lower left, text stands at the left edge or
-                 in a corner
-    procedure    colonoscopy (3 of 4): orange-red, rings of folds around the lumen; gastroscopy: pale rose, long folds
-    landmark     the lumen, the only one drawn: the cell of its centre. Asked for only where there is no polyp.
+    instruments  0 (half of the images), 1 or 2 shafts from an edge, clear of polyps; one lies in a cell with
+                 at least 30 % of its visible length, and always in the cell with most of it
+    box, text    half of the images each; the box is green or black in the lower left, text is at the left
+                 edge or in a corner
+    procedure    colonoscopy (3 of 4): orange-red, rings of folds around the lumen; gastroscopy: pale rose,
+                 long folds
+    landmark     the lumen, the only one: the cell of its centre. In a prompt only where there is no polyp.
 
     python phantom.py --out data/phantom --n 2000 --size 64 --seed 0
 """
@@ -49,11 +52,13 @@ WALL = {"colonoscopy": ((0.05, 0.01, 0.01), (0.46, 0.13, 0.08), (0.84, 0.42, 0.2
 SHADOW, FLESH = np.float32((0.30, 0.06, 0.05)), np.float32((0.96, 0.62, 0.52))
 BOX = {"green": (0.06, 0.66, 0.50), "black": (0.02, 0.02, 0.03)}
 TEXT_SIZE = (0.19, 0.20)
+# 3 x 5 dots of each digit
 DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001011001111", "101101111001001",
-          "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111")  # 3 x 5 dots
+          "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111")
 
 
-# What is where
+# Geometry
+
 
 def cell_of(x, y):
     """Index of the 3x3 cell that holds a point, in reading order."""
@@ -68,14 +73,15 @@ def cells_covered(x, y):
 
 
 def frame_distance(x, y, cut):
-    """Distance to the octagonal frame, positive inside: the picture fills the square, its corners are cut off."""
+    """Distance to the octagonal frame, positive inside: the image fills the square except for its corners."""
     x, y = np.minimum(x, 1 - x), np.minimum(y, 1 - y)
     return np.minimum(np.minimum(x, y) + 0.004, (x + y - cut) * 0.5**0.5)
 
 
 def rectangle_distance(x, y, rect):
     """Distance to a rectangle (x_0, y_0, x_1, y_1); 0 inside."""
-    dx, dy = (np.maximum(np.maximum(low - z, z - high), 0) for z, low, high in ((x, *rect[::2]), (y, *rect[1::2])))
+    bounds = (x, *rect[::2]), (y, *rect[1::2])
+    dx, dy = (np.maximum(np.maximum(low - z, z - high), 0) for z, low, high in bounds)
     return np.hypot(dx, dy)
 
 
@@ -111,32 +117,35 @@ def circles(polyp):
 
 
 def apart(polyp, other):
-    """Whether a gap of wall lies between two polyps, stalks included."""
+    """Whether a gap of wall separates two polyps, stalks included."""
     a, b = circles(polyp)[:, None], circles(other)
     return (np.hypot(a[..., 0] - b[:, 0], a[..., 1] - b[:, 1]) > a[..., 2] + b[:, 2] + 0.03).all()
 
 
 def visible_cells(scene, polyp):
-    """Names of the cells that the polyp covers; none where the frame or the box hides an eighth of it, or its stalk."""
+    """Names of the cells that the polyp covers; none where frame or box hides 1/8 of it, or its stalk."""
     if polyp["paris"] == "ip":
         end = stalk_end(polyp)
-        if frame_distance(*end, scene["cut"]) < 0.01 or scene["box"] and rectangle_distance(*end, scene["box"]) < 0.03:
+        clear_of_frame = frame_distance(*end, scene["cut"]) >= 0.01
+        if not clear_of_frame or scene["box"] and rectangle_distance(*end, scene["box"]) < 0.03:
             return []
     x, y = np.meshgrid(*(c + np.linspace(-1, 1, 33) * reach(polyp) for c in polyp["center"]))
     u, v = head_coordinates(polyp, x, y)
     head = u * u + v * v <= 1
-    seen = head & (frame_distance(x, y, scene["cut"]) > 0)
+    visible = head & (frame_distance(x, y, scene["cut"]) > 0)
     if scene["box"]:
-        seen &= rectangle_distance(x, y, scene["box"]) > 0
-    return cells_covered(x[seen], y[seen]) if seen.sum() > 0.875 * head.sum() else []
+        visible &= rectangle_distance(x, y, scene["box"]) > 0
+    return cells_covered(x[visible], y[visible]) if visible.sum() > 0.875 * head.sum() else []
 
 
-# Drawing the numbers of a scene
+# Drawing the random numbers of a scene
+
 
 def draw_scene(seed, index):
-    """All that the picture shows, as plain numbers: first what prompts speak of, then light, folds and noise."""
+    """All that the image shows, as plain numbers: first what prompts describe, then light and folds."""
     rng = np.random.default_rng([seed, index])
-    scene = {"procedure": "colonoscopy" if rng.random() < 0.75 else "gastroscopy", "cut": rng.uniform(0.17, 0.20)}
+    scene = {"procedure": "colonoscopy" if rng.random() < 0.75 else "gastroscopy",
+             "cut": rng.uniform(0.17, 0.20)}
     n_polyps, n_instruments = rng.integers(4), rng.choice(3, p=(0.50, 0.33, 0.17))
     has_box, has_text = rng.random(2) < 0.5
     box = (0.0, 1 - rng.uniform(0.19, 0.21), rng.uniform(0.20, 0.22), 1.0)
@@ -153,21 +162,23 @@ def draw_scene(seed, index):
     scene["lumen"] = place_lumen(rng, scene)
     scene["phase"] = rng.uniform(0, 2 * pi, 6).tolist()
     scene["tint"] = 1 + 0.02 * rng.normal(size=3)
-    scene["light"], scene["rings"], scene["lobes"] = rng.uniform((0.96, 1.25, 0.13), (1.04, 1.5, 0.22)).tolist()
+    light, rings, lobes = rng.uniform((0.96, 1.25, 0.13), (1.04, 1.5, 0.22)).tolist()
+    scene["light"], scene["rings"], scene["lobes"] = light, rings, lobes
     scene["vessels"] = grow_vessels(rng)
     scene["glints"] = rng.uniform((0.1, 0.1, 0, 0.005), (0.9, 0.9, pi, 0.009), (9, 4)).tolist()
     return scene
 
 
 def place_things(rng, scene, cells, n_instruments):
-    """(polyps near the centres of the cells, instruments that touch none of them); None when this try finds no room."""
+    """(polyps near the centres of the cells, instruments clear of them); None where there is no room."""
     polyps, instruments = [], []
     for cell in cells:
         size, paris = prompts.SIZES[rng.integers(4)], prompts.PARIS[rng.choice(3, p=(0.40, 0.30, 0.30))]
         n_colors = 2 if size in prompts.SIZES[2:] and rng.random() < 0.25 else 1
         colors = rng.choice(list(COLORS), n_colors, replace=False, p=COLOR_SHARES).tolist()
         polyp = {"size": size, "paris": paris, "colors": sorted(colors, key=list(COLORS).index),
-                 "radius": RADIUS[size] * rng.uniform(0.93, 1.07), "phase": rng.uniform(0, 2 * pi, 2).tolist()}
+                 "radius": RADIUS[size] * rng.uniform(0.93, 1.07),
+                 "phase": rng.uniform(0, 2 * pi, 2).tolist()}
         low = 0.93 * reach(polyp) + 0.015
         for _ in range(30):
             polyp["angle"], polyp["stalk"] = rng.uniform(-0.6, 0.6), rng.uniform(0, 2 * pi)
@@ -187,7 +198,7 @@ def place_things(rng, scene, cells, n_instruments):
 
 
 def draw_instrument(rng, scene, polyps, others):
-    """[a shaft from an edge into the picture, clear of polyps, box and other shafts], or [] when this try is not."""
+    """[a shaft from an edge, clear of polyps, box and other shafts], or [] when the drawn one is not."""
     side, at = rng.integers(4), rng.uniform(0.15, 0.85)
     start = np.array([(at, -0.03), (1.03, at), (at, 1.03), (-0.03, at)][side])
     inwards = np.array([(0, 1), (-1, 0), (0, -1), (1, 0)][side])
@@ -200,28 +211,30 @@ def draw_instrument(rng, scene, polyps, others):
             or any(np.hypot(x - cx, y - cy).min() < r + 0.065 for p in polyps for cx, cy, r in circles(p))
             or any(segment_distance(x, y, o["start"], o["tip"])[0].min() < 0.12 for o in others)):
         return []
-    seen = frame_distance(x, y, scene["cut"]) > 0
+    visible = frame_distance(x, y, scene["cut"]) > 0
     return [{"start": start.tolist(), "tip": tip.tolist(), "jaws": bool(rng.random() < 0.6),
-             "cells": cells_covered(x[seen], y[seen])}]
+             "cells": cells_covered(x[visible], y[visible])}]
 
 
 def place_text(rng, scene):
-    """Upper left corner of the text: at the left edge or in an upper corner, in the lower right if that hides less."""
+    """Upper left corner of the text: left edge or an upper corner, the lower right one if that hides less."""
     def hidden(slot):
         rect = (*slot, slot[0] + TEXT_SIZE[0], slot[1] + TEXT_SIZE[1])
         shafts = [np.linspace(i["start"], i["tip"], 20).T for i in scene["instruments"]]
         return (sum(max(0, 1.05 - rectangle_distance(*p["center"], rect) / reach(p)) for p in scene["polyps"])
                 + sum((rectangle_distance(*shaft, rect) < 0.03).mean() for shaft in shafts))
 
-    return min([*rng.permutation([(0.02, 0.02), (0.02, 0.36), (0.79, 0.02)]).tolist(), (0.79, 0.79)], key=hidden)
+    slots = rng.permutation([(0.02, 0.02), (0.02, 0.36), (0.79, 0.02)]).tolist()
+    return min([*slots, (0.79, 0.79)], key=hidden)
 
 
 def place_lumen(rng, scene):
-    """The lumen, as little behind polyps as may be: at the first spot with room enough, or at the roomiest."""
+    """The lumen at the first of 24 random spots that is clear of polyps, or at the clearest."""
     radius = rng.uniform(0.085, 0.12)
 
     def room(spot):
-        gaps = [hypot(p["center"][0] - spot[0], p["center"][1] - spot[1]) - p["radius"] for p in scene["polyps"]]
+        x, y = spot
+        gaps = [hypot(p["center"][0] - x, p["center"][1] - y) - p["radius"] for p in scene["polyps"]]
         return min([*gaps, 1.1 * radius + 0.05])
 
     return {"center": max(rng.uniform(0.24, 0.76, (24, 2)).tolist(), key=room), "radius": radius,
@@ -238,11 +251,13 @@ def grow_vessels(rng):
             heading += rng.normal(0, 0.3)
             end = x + 0.04 * cos(heading), y + 0.04 * sin(heading)
             segments.append((x, y, *end, width))
-            tips += [(*end, heading + turn, width * 0.9) for turn in ((0.5, -0.5) if rng.random() < 0.3 else (0.0,))]
+            turns = (0.5, -0.5) if rng.random() < 0.3 else (0.0,)
+            tips += [(*end, heading + turn, width * 0.9) for turn in turns]
     return segments
 
 
-# Painting
+# Rendering
+
 
 def smoothstep(low, high, x):
     t = np.clip((x - low) / (high - low), 0, 1)
@@ -254,7 +269,7 @@ def blend(img, window, color, alpha):
 
 
 def window_around(points, margin, n):
-    """Slices of an n x n picture that hold the points with a margin."""
+    """Slices of an n x n image that hold the points with a margin."""
     low, high = np.min(points, axis=0) - margin, np.max(points, axis=0) + margin
     return tuple(slice(max(0, int(low[i] * n)), max(0, int(high[i] * n) + 2)) for i in (1, 0))
 
@@ -285,7 +300,8 @@ def paint_wall(scene, x, y):
     lumen, p = scene["lumen"], scene["phase"]
     dx, dy = x - lumen["center"][0], y - lumen["center"][1]
     c, s, turn = cos(lumen["angle"]), sin(lumen["angle"]), np.arctan2(dy, dx)
-    depth = np.log2(np.hypot(c * dx + s * dy, (c * dy - s * dx) / lumen["aspect"]) / lumen["radius"] + 1e-3)  # 0: edge
+    radius = np.hypot(c * dx + s * dy, (c * dy - s * dx) / lumen["aspect"])
+    depth = np.log2(radius / lumen["radius"] + 1e-3)                # 0: the lumen's edge
     if scene["procedure"] == "colonoscopy":
         # Each ring has a lit rim towards the lumen and ends in the shadow of the next, nearer one.
         ring = scene["rings"] * depth + scene["lobes"] * np.sin(3 * turn + p[3]) + 0.16 * np.sin(turn + p[4])
@@ -300,9 +316,11 @@ def paint_wall(scene, x, y):
         bright = 0.78 + 0.10 * smoothstep(-0.6, 0.9, ridge) - 0.16 * groove
         bright *= 0.12 + 0.88 * smoothstep(-0.5, 1.3, depth)
     bright *= scene["light"] * (1 - 0.55 * ((x - 0.5) ** 2 + (y - 0.5) ** 2))
-    bright += 0.01 * (np.sin(9 * x + 4 * y + p[0]) + np.sin(11 * y - 5 * x + p[1]) + np.sin(17 * x - 13 * y + p[2]))
+    waves = np.sin(9 * x + 4 * y + p[0]) + np.sin(11 * y - 5 * x + p[1]) + np.sin(17 * x - 13 * y + p[2])
+    bright += 0.01 * waves
     stops = np.array(WALL[scene["procedure"]]) * scene["tint"]
-    img = np.stack([np.interp(bright, (0, 1 / 3, 2 / 3, 1), stops[:, i]) for i in range(3)], axis=-1).astype(np.float32)
+    channels = [np.interp(bright, (0, 1 / 3, 2 / 3, 1), stops[:, i]) for i in range(3)]
+    img = np.stack(channels, axis=-1).astype(np.float32)
     for gx, gy, angle, r in scene["glints"]:
         win = window_around([(gx, gy)], 5 * r, len(x))
         c, s, dx, dy = cos(angle), sin(angle), x[win] - gx, y[win] - gy
@@ -315,21 +333,22 @@ def paint_vessel(img, x, y, vessel):
     a, b, width = vessel[:2], vessel[2:4], vessel[4]
     win = window_around([a, b], 0.012, len(x))
     distance, _ = segment_distance(x[win], y[win], a, b)
-    img[win] *= 1 - 0.4 * np.exp(-((distance / width) ** 2))[..., None] * np.array((0.25, 0.75, 0.70), np.float32)
+    dark = 0.4 * np.exp(-((distance / width) ** 2))[..., None]
+    img[win] *= 1 - dark * np.array((0.25, 0.75, 0.70), np.float32)
 
 
 def paint_polyp(img, x, y, polyp):
-    """Contact shadow, stalk, head with its colour, dark rim, highlights. The light is the camera's, a little above."""
+    """Contact shadow, stalk, head with its colour, dark rim, highlights. The light is above the camera."""
     (cx, cy), r, flat, (a, b) = polyp["center"], polyp["radius"], polyp["paris"] == "iia", polyp["phase"]
     win = window_around([(cx, cy)], 2.6 * r, len(x))
     x, y = x[win], y[win]
-    edge = 0.010 / r                                                # soft edges have one width, whatever the radius
+    edge = 0.010 / r                                        # soft edges have one width, whatever the radius
     far = np.hypot(*head_coordinates(polyp, x - 0.10 * r, y - 0.16 * r))
     blend(img, win, SHADOW / 2, (0.55 if flat else 0.75) * np.clip(1 - (far - 0.9) / (0.28 + edge), 0, 1))
     if polyp["paris"] == "ip":
         distance, along = segment_distance(x, y, (cx, cy), stalk_end(polyp))
         side = distance / r / (0.33 + 0.11 * along)
-        tone = (1.06 - 0.45 * side**2) * (1 - 0.35 * smoothstep(0.75, 0.5, along))      # the head shades its neck
+        tone = (1.06 - 0.45 * side**2) * (1 - 0.35 * smoothstep(0.75, 0.5, along))  # the head shades its neck
         blend(img, win, SHADOW, 0.8 * smoothstep(1.35 + edge, 1, side))
         blend(img, win, tone[..., None] * FLESH, smoothstep(1 + edge, 1 - edge, side))
     u, v = head_coordinates(polyp, x, y)
@@ -339,7 +358,8 @@ def paint_polyp(img, x, y, polyp):
     inside = smoothstep(1 + edge / 2, 1 - edge / 2, q)
     lx, ly = (x - cx) / r, (y - cy) / r
     warp = 1.5 * np.sin(3 * u - 2 * v + a)
-    grain = np.sin(8 * u + warp + a) * np.sin(7 * v - warp + b) + np.sin(15 * u - 6 * v + b) * np.sin(13 * v + warp)
+    grain = (np.sin(8 * u + warp + a) * np.sin(7 * v - warp + b)
+             + np.sin(15 * u - 6 * v + b) * np.sin(13 * v + warp))
     if flat:
         light = 0.92 - 0.12 * (lx + ly) * q**2 + 0.03 * grain
     else:
@@ -360,8 +380,10 @@ def paint_instrument(img, x, y, instrument):
     (ax, ay), (bx, by) = instrument["start"], instrument["tip"]
     win = window_around([(ax, ay), (bx, by)], 0.12, len(x))
     angle, dx, dy = atan2(by - ay, bx - ax), x[win] - bx, y[win] - by
-    along, across = cos(angle) * dx + sin(angle) * dy + 0.05, cos(angle) * dy - sin(angle) * dx     # 0: the shaft ends
-    img[win] *= 1 - 0.5 * (smoothstep(0.06, 0.03, np.abs(across - 0.012)) * smoothstep(0.05, 0, along))[..., None]
+    along = cos(angle) * dx + sin(angle) * dy + 0.05                # 0: the shaft ends
+    across = cos(angle) * dy - sin(angle) * dx
+    shadow = smoothstep(0.06, 0.03, np.abs(across - 0.012)) * smoothstep(0.05, 0, along)
+    img[win] *= 1 - 0.5 * shadow[..., None]
     tone = 0.50 - 0.30 * (across / 0.034) ** 2 + 0.55 * np.exp(-(((across + 0.012) / 0.008) ** 2))
     blend(img, win, tone[..., None] * np.array((0.82, 0.95, 1.12), np.float32),
           smoothstep(0.036, 0.030, np.abs(across)) * smoothstep(0, -0.006, along))
@@ -392,35 +414,38 @@ def paint_text(img, x, y, corner, digits):
     blend(img, win, (0.97, 0.97, 0.93), dots[i.clip(0, dots.shape[0] - 1), j.clip(0, dots.shape[1] - 1)])
 
 
-# Words and files
+# Prompts and files
+
 
 def attributes(scene, file_name):
     """The line of attributes.jsonl."""
     polyps = [{"cells": p["cells"], "size": p["size"], "paris": p["paris"], "colors": p["colors"],
-               "center": [round(c, 4) for c in p["center"]], "radius": round(p["radius"], 4)} for p in scene["polyps"]]
+               "center": [round(c, 4) for c in p["center"]], "radius": round(p["radius"], 4)}
+              for p in scene["polyps"]]
     return {"file_name": file_name, "procedure": scene["procedure"], "polyps": polyps,
             "instruments": [{"cells": i["cells"]} for i in scene["instruments"]],
             "box": scene["box"] is not None, "text": scene["text"] is not None}
 
 
 def describe(scene, rng):
-    """7 to 11 prompts in the task's grammar, each about one thing; of what would be 12, one is left out by chance."""
+    """7 to 11 prompts in the task's grammar, each about one attribute; of 12 a random one is left out."""
     polyps, instruments = scene["polyps"], scene["instruments"]
-    said = [{"n_findings": len(polyps)}, {"n_instruments": len(instruments)}, {"n_polyps": len(polyps)},
-            {"text": scene["text"] is not None}, {"box": scene["box"] is not None}, {"procedure": scene["procedure"]}]
+    facts = [{"n_findings": len(polyps)}, {"n_instruments": len(instruments)}, {"n_polyps": len(polyps)},
+             {"text": scene["text"] is not None}, {"box": scene["box"] is not None},
+             {"procedure": scene["procedure"]}]
     if polyps:
-        said += [{"contains": ["polyp"]},
-                 {"abnormality_cells": in_order(prompts.CELLS, [c for p in polyps for c in p["cells"]])},
-                 {"colors": in_order(prompts.COLORS, [c for p in polyps for c in p["colors"]])},
-                 {"sizes": in_order(prompts.SIZES, [p["size"] for p in polyps])},
-                 {"paris": in_order(prompts.PARIS, [p["paris"] for p in polyps])}]
+        facts += [{"contains": ["polyp"]},
+                  {"abnormality_cells": in_order(prompts.CELLS, [c for p in polyps for c in p["cells"]])},
+                  {"colors": in_order(prompts.COLORS, [c for p in polyps for c in p["colors"]])},
+                  {"sizes": in_order(prompts.SIZES, [p["size"] for p in polyps])},
+                  {"paris": in_order(prompts.PARIS, [p["paris"] for p in polyps])}]
     else:
-        said += [{"landmark_cells": [prompts.CELLS[cell_of(*scene["lumen"]["center"])]]}]
+        facts += [{"landmark_cells": [prompts.CELLS[cell_of(*scene["lumen"]["center"])]]}]
     if instruments:
-        said += [{"instrument_cells": in_order(prompts.CELLS, [c for i in instruments for c in i["cells"]])}]
-    if len(said) > 11:
-        said.pop(rng.integers(len(said)))
-    return [prompts.write(s) for s in said]
+        facts += [{"instrument_cells": in_order(prompts.CELLS, [c for i in instruments for c in i["cells"]])}]
+    if len(facts) > 11:
+        facts.pop(rng.integers(len(facts)))
+    return [prompts.write(fact) for fact in facts]
 
 
 def in_order(names, found):
@@ -428,10 +453,11 @@ def in_order(names, found):
 
 
 def make_words(index, seed):
-    """(line of attributes.jsonl, rows of prompt-gt.csv) of one picture."""
+    """(line of attributes.jsonl, rows of prompt-gt.csv) of one image."""
     scene, name = draw_scene(seed, index), f"{index:06d}.png"
     prompts_of_it = describe(scene, np.random.default_rng([seed, index, 1]))
-    return json.dumps(attributes(scene, name)) + "\n", "".join(f"{prompt};{name}\n" for prompt in prompts_of_it)
+    rows = "".join(f"{prompt};{name}\n" for prompt in prompts_of_it)
+    return json.dumps(attributes(scene, name)) + "\n", rows
 
 
 def make_image(index, seed, size, folder):
@@ -440,46 +466,52 @@ def make_image(index, seed, size, folder):
 
 
 def check_out(out, n, size, lines):
-    """Refuse a folder that holds anything but this very phantom, whole or begun."""
+    """Refuse a folder that holds anything but this same phantom, complete or begun."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: expected a folder, found a file")
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.name.startswith(".")}
     ours = {"images", "attributes.jsonl", "prompt-gt.csv", *(f"images/{i:06d}.png" for i in range(n))}
-    if strange := sorted(found - ours):
-        raise BadInput(f"{out}: expected an empty folder or this very phantom, found {strange[0]}")
-    if found and ("attributes.jsonl" not in found or (out / "attributes.jsonl").read_text(encoding="utf-8") != lines):
-        raise BadInput(f"{out}: expected an empty folder or this very phantom, found another (--n, --seed or version)")
-    for name in sorted(f for f in found if f.endswith(".png"))[:1]:       # one that cannot be read is written anew
+    if others := sorted(found - ours):
+        raise BadInput(f"{out}: expected an empty folder or this same phantom, found {others[0]}")
+    line_file = out / "attributes.jsonl"
+    if found and ("attributes.jsonl" not in found or line_file.read_text(encoding="utf-8") != lines):
+        raise BadInput(f"{out}: expected an empty folder or this same phantom, "
+                       "found another (--n, --seed or version)")
+    for name in sorted(f for f in found if f.endswith(".png"))[:1]:       # an unreadable one is written anew
         with suppress(OSError), Image.open(out / name) as img:
             if img.size != (size, size):
-                raise BadInput(f"{out / name}: expected {size} x {size} px, found {img.width} x {img.height} (--size)")
+                raise BadInput(f"{out / name}: expected {size} x {size} px, "
+                               f"found {img.width} x {img.height} (--size)")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
-    parser.add_argument("--n", type=int, default=2000, help="number of pictures")
-    parser.add_argument("--size", type=int, default=64, help="side of a picture, px")
-    parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed and i only")
+    parser.add_argument("--n", type=int, default=2000, help="number of images")
+    parser.add_argument("--size", type=int, default=64, help="side of an image, px")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i only")
     args = parser.parse_args(argv)
     for name, low in (("n", 1), ("size", 16), ("seed", 0)):
         if getattr(args, name) < low:
             raise BadInput(f"--{name}: expected at least {low}, got {getattr(args, name)}")
-    with Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:     # Ctrl-C is the parent's
+    # Ctrl-C is left to the parent process
+    with Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         words = pool.imap(partial(make_words, seed=args.seed), range(args.n), chunksize=25)
-        lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="picture"), strict=True)
+        lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="image"), strict=True)
         check_out(args.out, args.n, args.size, "".join(lines))
-        # attributes.jsonl comes first, by it a later run knows its folder; prompt-gt.csv last: the folder is whole.
+        # attributes.jsonl comes first: check_out of a later run compares it. prompt-gt.csv comes last, when
+        # folder is complete.
         with replacing(args.out / "attributes.jsonl") as tmp:
             tmp.write_text("".join(lines), encoding="utf-8")
         (args.out / "images").mkdir(exist_ok=True)
         make = partial(make_image, seed=args.seed, size=args.size, folder=args.out / "images")
-        for _ in tqdm(pool.imap_unordered(make, range(args.n), 25), total=args.n, desc="pictures", unit="picture"):
+        made = pool.imap_unordered(make, range(args.n), 25)
+        for _ in tqdm(made, total=args.n, desc="images", unit="image"):
             pass
     with replacing(args.out / "prompt-gt.csv") as tmp:
         tmp.write_text("Prompt;Filename\n" + "".join(rows), encoding="utf-8")
-    print(f"{args.out}: {args.n} pictures, {''.join(rows).count(';')} prompts")
+    print(f"{args.out}: {args.n} images, {''.join(rows).count(';')} prompts")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
-"""The grammar of the task's prompts: parse(text) -> attributes, write(attributes) -> text, paraphrase(text, n, seed).
+"""The grammar of the task's prompts: parse a text into attributes, write attributes as text, paraphrase.
 
-ImageCLEFmed MEDVQA-GI 2024 asks for images in sentences such as "Generate an image with 2 polyps.". Attributes are a
-dict that holds only what a prompt speaks of:
+The prompts of ImageCLEFmed MEDVQA-GI 2024 are sentences such as "Generate an image with 2 polyps.".
+Attributes are a dict that holds only what a prompt mentions:
 
-    contains                               names: "polyp", "oesophagitis", "tube", ... (NAMES, others as they stand)
+    contains                               names: "polyp", "oesophagitis", "tube", ... (NAMES, others as is)
     n_findings, n_instruments, n_polyps    int; "no polyps" is 0
     box, text                              bool; box is the green/black box artefact
     colors, sizes, paris                   lists; colors of an abnormality, sizes and Paris types of polyps
     procedure                              "colonoscopy" or "gastroscopy"
     abnormality_cells, instrument_cells, landmark_cells    lists of names of the 3x3 grid (CELLS)
 
-parse reads word by word, not by template, so paraphrases are understood as well. It claims too little rather than too
-much: what a sentence leaves open ("no polyps and text", "one or two polyps", "no polyp in the center") is not claimed.
-Lists keep the order of the text, so that write(parse(prompt)) is the prompt again.
+parse works on words, not on templates, so that it covers paraphrases too. Each sentence goes through three
+passes:
+
+    _tokenise            words and phrases become tokens (LEXICON)
+    _attach_modifiers    places, colors, sizes, types and numbers are assigned to the nouns that they qualify
+    _resolve_negation    every noun becomes True (present), False (denied) or None (left open)
+
+For "no text, two red polyps in the center":
+
+    _tokenise            no  noun:text  and  count:2  color:red  noun:polyp  word:in  cell:center
+    _attach_modifiers    text []  polyp [2, red, center]
+    _resolve_negation    text False  polyp True
+    parse                {"n_polyps": 2, "text": False, "colors": ["red"], "abnormality_cells": ["center"]}
+
+Where a sentence is ambiguous ("no polyps and text", "one or two polyps", "no polyp in the center"), parse
+leaves the attribute out. Lists keep the order of the text, so that write(parse(prompt)) is the prompt again.
 """
 
 import random
@@ -25,12 +38,14 @@ CELLS = ("upper-left", "upper-center", "upper-right", "center-left", "center", "
          "lower-left", "lower-center", "lower-right")
 SIZES = ("< 5mm", "5-10mm", "11-20mm", ">20mm")
 PARIS = ("is", "ip", "iia")
-COLORS = ("pink", "red", "white", "yellow", "grey", "orange", "brown", "black", "blue", "purple", "green", "violet",
-          "burgundy")  # the most frequent first
-CELL_ORDER = ("center", "upper-left", "upper-right", "lower-left", "lower-right", "center-left", "center-right",
-              "upper-center", "lower-center")  # in which the data list the cells of abnormalities and instruments
+# the most frequent first
+COLORS = ("pink", "red", "white", "yellow", "grey", "orange", "brown", "black", "blue", "purple", "green",
+          "violet", "burgundy")
+# the data's order of the cells of abnormalities and instruments
+CELL_ORDER = ("center", "upper-left", "upper-right", "lower-left", "lower-right", "center-left",
+              "center-right", "upper-center", "lower-center")
 
-NAMES = {  # what a picture can contain: its kind, and how it is spelled; "polyp snare" is looked for before "polyp"
+NAMES = {  # what an image can contain: its kind and its spellings; "polyp snare" must precede "polyp"
     "polyp snare": ("instrument", r"(?:polyp )?snares?"),
     "biopsy forceps": ("instrument", r"(?:biopsy )?forceps"),
     "metal clip": ("instrument", r"metal(?:lic)? clips?"),
@@ -46,15 +61,18 @@ NAMES = {  # what a picture can contain: its kind, and how it is spelled; "polyp
     "pylorus": ("landmark", r"pylorus"),
 }
 KIND = {name: kind for name, (kind, _) in NAMES.items()} | {
-    "finding": "abnormality", "abnormality": "abnormality", "instrument": "instrument", "landmark": "landmark",
+    "finding": "abnormality", "abnormality": "abnormality",
+    "instrument": "instrument", "landmark": "landmark",
     "text": "text", "box": "box", "colonoscopy": "procedure", "gastroscopy": "procedure"}
 ARTICLES = {"polyp": "a ", "z-line": "the ", "cecum": "the ", "ileum": "the ", "pylorus": "the "}
 COUNTED = {"finding": "n_findings", "instrument": "n_instruments", "polyp": "n_polyps"}
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-           "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+           "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+           "twenty")
 
 
-# Writing: the data's own sentences, typos and all.
+# Writing: the data's own sentences, typos included
+
 
 def _and(words, last=" and "):
     return last.join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
@@ -76,20 +94,23 @@ def _polyps(values):
     return "a polyp" if len(values) == 1 else "polyps"
 
 
-SENTENCES = {  # in the order in which the data speak of an image
-    "contains": lambda names: f"Generate an image containing {ARTICLES.get(names[0], '')}{'and'.join(names)}.",
+SENTENCES = {  # in the data's order
+    "contains": lambda names:
+        f"Generate an image containing {ARTICLES.get(names[0], '')}{'and'.join(names)}.",
     "n_findings": _count("finding"),
     "n_instruments": _count("instrument"),
     "n_polyps": _count("polyp"),
     "box": _whether("a green/black box artefact"),
     "text": _whether("text"),
-    "colors": lambda c: f"Generate an image with an abnormality with the color{'s' * (len(c) > 1)} {_and(c)}.",
+    "colors": lambda colors:
+        f"Generate an image with an abnormality with the color{'s' * (len(colors) > 1)} {_and(colors)}.",
     "sizes": lambda sizes: f"Generate an image with {_polyps(sizes)} of size {_and(sizes)}.",
     "paris": lambda types: f"Generate {_polyps(types)} of type {_and([f'paris {t}' for t in types])}.",
     "procedure": lambda name: f"Generate an image from a {name} procedure.",
     "abnormality_cells": _place("abnormality"),
     "instrument_cells": _place("instrument"),
-    "landmark_cells": lambda cells: _place("anatomical landmark")(cells).replace("lower-right", "lower-rigth"),
+    "landmark_cells": lambda cells:
+        _place("anatomical landmark")(cells).replace("lower-right", "lower-rigth"),
 }
 
 
@@ -99,30 +120,36 @@ def write(attributes: dict) -> str:
 
 
 def _ideas(attributes):
-    """(key, value) per sentence. Neighbours of one kind in `contains` share a sentence, as in "polyp snareandtube"."""
+    """(key, value) per sentence. Neighbours of one kind in `contains` share one: "polyp snareandtube"."""
     if unknown := attributes.keys() - SENTENCES.keys():
-        raise ValueError(f"expected attributes among {', '.join(SENTENCES)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"expected attributes among {', '.join(SENTENCES)}, "
+                         f"got {', '.join(sorted(unknown))}")
     for key in SENTENCES:
         value = attributes.get(key, [])
         if key == "contains":
-            yield from ((key, list(names)) for _, names in groupby(value, key=lambda name: KIND.get(name, name)))
+            for _, names in groupby(value, key=lambda name: KIND.get(name, name)):
+                yield key, list(names)
         elif value != []:
             yield key, value
 
 
-# Reading: words become tokens, details go to their nouns, negations set what is true of a noun, nouns give attributes.
+# Parsing
+
 
 SPELLING = [(re.compile(pattern), better) for pattern, better in (
     (r"[\u2010-\u2015\u2212]", "-"), (r"\u2019", "'"), (r"n't\b", " not"), (r"\bcannot\b", "can not"),
-    (r"rigth", "right"), (r"\b(?:centre|middle|central)\b", "center"), (r"\btop\b", "upper"), (r"\bbottom\b", "lower"),
-    (r"\bgray\b", "grey"), (r"\bcolors? ink\b", "color pink"), (r"\b(red|pink|grey|brown|yellow)d?ish\b", r"\1"),
+    (r"rigth", "right"), (r"\b(?:centre|middle|central)\b", "center"),
+    (r"\btop\b", "upper"), (r"\bbottom\b", "lower"),
+    (r"\bgray\b", "grey"), (r"\bcolors? ink\b", "color pink"),
+    (r"\b(red|pink|grey|brown|yellow)d?ish\b", r"\1"),
     (r" ?millimet(?:er|re)s?\b", "mm"), (r"-free\b", " free"),
     (rf"(?<=[a-z])and(?={'|'.join(pattern for _, pattern in NAMES.values())})", " and "),  # "snareandtube"
 )]
 SENTENCE_END = re.compile(r"[;!?]|(?<!\d)\.|\.(?!\d)|(?<!not )(?<!to )\b(?=generate\b)")
 
 _N = rf"(?:\d{{1,3}}|{'|'.join(NUMBERS[1:])})"
-_LESS, _MORE = r"(?:<=?|under|below|(?:less|smaller) than)", r"(?:>=?|over|above|(?:more|larger|bigger|greater) than)"
+_LESS = r"(?:<=?|under|below|(?:less|smaller) than)"
+_MORE = r"(?:>=?|over|above|(?:more|larger|bigger|greater) than)"
 _MM = r"(?: ?mm|(?=,? (?:and|or)|, ))"  # the unit may wait: "5-10 and 11-20mm"
 _TYPE = r"paris[ -](?:(?:class(?:ification)?|types?|category) )*(?:is (?=(?:0-)?i))?(?:0-)?"
 _SHOW = "|".join(rf"{verb}(?:e|es|s|ing)?" for verb in (
@@ -135,22 +162,27 @@ LEXICON = [  # kind, value (None: the text itself), pattern; where several match
     ("size", "5-10mm", rf"between 5(?: ?mm)? and 10 ?mm|5(?: ?mm)? ?(?:-|to) ?10{_MM}"),
     ("size", "11-20mm", rf"between 11(?: ?mm)? and 20 ?mm|11(?: ?mm)? ?(?:-|to) ?20{_MM}"),
     ("size", ">20mm", rf"{_MORE} ?20 ?mm"),
-    ("size", "", rf"(?:{_LESS}|{_MORE}|up to|at (?:least|most)|about) ?\d+(?:\.\d+)? ?[mc]m|\d+(?:\.\d+)? ?cm"),
+    ("size", "", rf"(?:{_LESS}|{_MORE}|up to|at (?:least|most)|about) ?\d+(?:\.\d+)? ?[mc]m"
+                 r"|\d+(?:\.\d+)? ?cm"),
     ("size", None, r"\d+(?:\.\d+)? ?mm"),
     ("paris", "iia", rf"(?:{_TYPE}|0-)?iia"),
     ("paris", "ip", rf"(?:{_TYPE}|0-)?ip"),
     ("paris", "is", rf"(?:{_TYPE}|0-|(?<=i[pa] and )|(?<=i[pa], ))is"),  # any other "is" is a verb
-    *(("cell", cell, rf"{a}[- ]?{b}|{b}[- ]?{a}") for cell in CELLS if "-" in cell for a, b in [cell.split("-")]),
+    *(("cell", cell, rf"{a}[- ]?{b}|{b}[- ]?{a}")
+      for cell in CELLS if "-" in cell for a, b in [cell.split("-")]),
     ("cell", "center", r"center"),
     *(("noun", name, pattern) for name, (_, pattern) in NAMES.items()),
     ("noun", "finding", r"findings?"),
-    ("noun", "abnormality", r"abnormalit(?:y|ies)|lesions?|anomal(?:y|ies)|abnormal (?:area|region|spot|tissue)s?"),
+    ("noun", "abnormality", r"abnormalit(?:y|ies)|lesions?|anomal(?:y|ies)"
+                            r"|abnormal (?:area|region|spot|tissue)s?"),
     ("noun", "instrument", r"(?:instrument|tool|device)s?"),
     ("noun", "landmark", r"landmarks?"),
-    ("noun", "text", r"text(?:s|ual)?(?: (?:overlay|annotation|label|element)s?)?|lettering|captions?|annotations?"),
+    ("noun", "text", r"text(?:s|ual)?(?: (?:overlay|annotation|label|element)s?)?"
+                     r"|lettering|captions?|annotations?"),
     ("noun", "colonoscopy", r"colonoscop(?:y|ic|ies)"),
     ("noun", "gastroscopy", r"gastroscop(?:y|ic|ies)"),
-    ("open", "", rf"(?:(?:no )?(?:more|fewer|less) than|at (?:least|most)|up to|over|about|around|roughly) {_N}"),
+    ("open", "", r"(?:(?:no )?(?:more|fewer|less) than|at (?:least|most)|up to|over|about|around|roughly)"
+                 rf" {_N}"),
     ("open", "", r"couple of|possibl[ey]|maybe|perhaps|might|may|either|suspected|if|whether"),
     ("word", None, r"not only"),
     ("not", "", r"no(?= ?(?:,|$))"),  # "text: no"
@@ -169,24 +201,25 @@ LEXICON = [  # kind, value (None: the text itself), pattern; where several match
 ]
 LEXER = re.compile(rf"(?<![\w.])(?:{'|'.join(f'({pattern})' for _, _, pattern in LEXICON)})(?!\w)|([,&/+])")
 LEXICON.append(("and", "", "the last group above"))
-DETAILS = ("cell", "color", "size", "paris", "count")
+MODIFIERS = ("cell", "color", "size", "paris", "count")
+COUNTING = ("count", "number", "total", "is", "are", "of")
 
 
 @dataclass
 class Token:
     kind: str
     value: object
-    truth: bool | None = True  # of a noun: said to be there, denied, or left open
-    details: list = field(default_factory=list)  # of a noun: the tokens that qualify it
+    truth: bool | None = True  # of a noun: present, denied (False), or left open (None)
+    modifiers: list = field(default_factory=list)  # of a noun: the tokens that qualify it
 
 
 def parse(text: str) -> dict:
-    """The attributes a prompt speaks of; of several sentences the union, without numbers that contradict each other."""
+    """The attributes of a prompt; of several sentences the union, without values that contradict others."""
     text, found, contradicted = unicodedata.normalize("NFKC", " ".join(text.lower().split())), {}, set()
     for pattern, better in SPELLING:
         text = pattern.sub(better, text)
     for sentence in SENTENCE_END.split(text):
-        for key, value in _claims(sentence):
+        for key, value in _read_sentence(sentence):
             if key in ("contains", "colors", "sizes", "paris") or key.endswith("_cells"):
                 found.setdefault(key, {})[value] = True
             elif found.setdefault(key, value) != value:
@@ -195,15 +228,15 @@ def parse(text: str) -> dict:
             for key in SENTENCES if key in found and key not in contradicted}
 
 
-def _claims(sentence):
-    """(key, value) for all that a sentence says; the entries of a list one by one."""
-    tokens = [token for match in LEXER.finditer(sentence) if (token := _token(match)).kind != "filler"]
-    _attach(tokens)
-    _judge(tokens)
+def _read_sentence(sentence):
+    """(key, value) of every attribute of a sentence; the entries of a list one by one."""
+    tokens = _tokenise(sentence)
+    _attach_modifiers(tokens)
+    _resolve_negation(tokens)
     for noun in (t for t in tokens if t.kind == "noun"):
         name, kind = noun.value, KIND[noun.value]
-        details = {of: [d.value for d in noun.details if d.kind == of] for of in DETAILS}
-        if noun.truth is False and not noun.details:  # "no polyp in the center" does not deny every polyp
+        values = {of: [m.value for m in noun.modifiers if m.kind == of] for of in MODIFIERS}
+        if noun.truth is False and not noun.modifiers:  # "no polyp in the center" does not deny every polyp
             if name in COUNTED:
                 yield COUNTED[name], 0
             elif kind in ("text", "box"):
@@ -213,18 +246,23 @@ def _claims(sentence):
                 yield kind, True
             elif kind == "procedure":
                 yield kind, name
-            elif name in COUNTED and any(details["count"]):
-                yield from ((COUNTED[name], n) for n in details["count"] if n)
-            elif name in NAMES and not details["size"] + details["paris"]:
+            elif name in COUNTED and any(values["count"]):
+                yield from ((COUNTED[name], n) for n in values["count"] if n)
+            elif name in NAMES and not values["size"] + values["paris"]:
                 yield "contains", name
             if kind in ("abnormality", "instrument", "landmark"):
-                yield from ((f"{kind}_cells", cell) for cell in details["cell"] if cell)
+                yield from ((f"{kind}_cells", cell) for cell in values["cell"] if cell)
             if kind == "abnormality":
                 for key, of in (("colors", "color"), ("sizes", "size"), ("paris", "paris")):
-                    yield from ((key, value) for value in details[of] if value)
+                    yield from ((key, value) for value in values[of] if value)
     other = re.fullmatch(r"generate an image containing ([^,]+?) *", sentence)
     if other and all(t.kind == "word" for t in tokens[3:]):
         yield "contains", other[1]
+
+
+def _tokenise(sentence):
+    """The tokens of a sentence, without fillers such as articles."""
+    return [token for match in LEXER.finditer(sentence) if (token := _token(match)).kind != "filler"]
 
 
 def _token(match):
@@ -239,41 +277,45 @@ def _token(match):
     return Token(kind, value)
 
 
-def _attach(tokens):
-    """Give every place, color, size, type and number to the noun that it qualifies."""
+def _attach_modifiers(tokens):
+    """Assign every place, color, size, type and number to the noun that it qualifies."""
     either = {tokens[i - 1].kind for i, t in enumerate(tokens) if t.kind == "or" and i}
     for i, t in enumerate(tokens):
-        if t.kind in DETAILS and (noun := _owner(tokens, i)):
-            noun.details.append(t)
+        if t.kind in MODIFIERS and (noun := _owner(tokens, i)):
+            noun.modifiers.append(t)
             if t.kind in either or i and tokens[i - 1].kind in ("no", "not"):
-                t.value = None  # "red or white", "not red": it still qualifies the polyp, but says nothing
+                t.value = None  # "red or white", "not red" still qualify the polyp, with an open value
 
 
 def _owner(tokens, i):
-    """A noun right behind ("upper-left polyp"), else the last one before, else the first one after. A number also looks
-    ahead across words ("two large polyps"), but back only across words of counting ("polyp count: 2")."""
+    """A noun right behind ("upper-left polyp"), else the last one before, else the first one after. A number
+    may be separated from its noun by other words ("two large polyps"), but from one before it only by words
+    of counting ("polyp count: 2")."""
     number, j = tokens[i].kind == "count", i + 1
-    while j < len(tokens) and (tokens[j].kind in (*DETAILS, "word" if number else "") or _joins_details(tokens, j)):
+    kinds = (*MODIFIERS, "word") if number else MODIFIERS
+    while j < len(tokens) and (tokens[j].kind in kinds or _joins_modifiers(tokens, j)):
         j += 1
     if j < len(tokens) and tokens[j].kind == "noun":
         return tokens[j]
     before, after = ([t for t in part if t.kind == "noun" and KIND[t.value] != "procedure"]
                      for part in (tokens[:i], tokens[i:]))
     if number:
-        said = [t for t in tokens[:i] if t.value not in ("count", "number", "total", "is", "are", "of")]
-        return said[-1] if said and said[-1] in before else None
+        last = next((t for t in reversed(tokens[:i]) if t.value not in COUNTING), None)
+        return last if last in before else None
     return (before[-1:] or after[:1] or [None])[0]
 
 
-def _joins_details(tokens, i):
-    """Is this the "and" or "or" between two details of a kind, as in "red and white polyps"?"""
+def _joins_modifiers(tokens, i):
+    """Whether this is the "and" or "or" between two modifiers of a kind, as in "red and white polyps"."""
     around = {t.kind for t in tokens[i - 1:i + 2:2]}
-    return tokens[i].kind in ("and", "or") and 0 < i < len(tokens) - 1 and len(around) == 1 and around <= set(DETAILS)
+    return (tokens[i].kind in ("and", "or") and 0 < i < len(tokens) - 1
+            and len(around) == 1 and around <= set(MODIFIERS))
 
 
-def _judge(tokens):
-    """Set the truth of every noun. A negation in front holds over "or"; over "and" or a comma is left open."""
-    truth, met, linked = True, True, False  # of the next noun; is the last negation's noun behind us; does a list go on
+def _resolve_negation(tokens):
+    """Set the truth of every noun. A negation in front extends over "or"; over "and" or a comma is open."""
+    truth = True  # of the next noun
+    met, linked = True, False  # whether the last negation has met its noun, whether a list goes on
     for i, t in enumerate(tokens):
         if t.kind == "noun":
             if met and not (truth or linked):  # "no text in this colonoscopy"
@@ -293,7 +335,7 @@ def _judge(tokens):
             truth = True
         elif t.kind == "and" and met and truth is False:
             truth = None
-        elif t.kind == "or" and truth and not _joins_details(tokens, i):
+        elif t.kind == "or" and truth and not _joins_modifiers(tokens, i):
             for noun in [x for x in tokens[:i] if x.kind == "noun"][-1:]:
                 noun.truth = None  # "a polyp or a tube"
             truth, met = None, False
@@ -305,27 +347,31 @@ def _denied(tokens, i):
     ahead = [t.kind for t in tokens[i + 1:i + 3]]
     if "noun" in ahead and ahead[0] != "and":  # "a polyp not containing text"
         return []
-    while i and tokens[i - 1].kind in ("word", "scene", *DETAILS):
+    while i and tokens[i - 1].kind in ("word", "scene", *MODIFIERS):
         i -= 1
     nouns = []
-    while i and tokens[i - 1].kind == "noun" and not (nouns and tokens[i - 1].details):
+    while i and tokens[i - 1].kind == "noun" and not (nouns and tokens[i - 1].modifiers):
         nouns.append(tokens[i - 1])
         i -= 2 if i > 1 and tokens[i - 2].kind in ("and", "or") else i
     return nouns
 
 
-# Paraphrasing: frames and synonyms. A {word} stands for one of WORDS; {it} is what the sentence is about.
+# Paraphrasing: frames and synonyms. A {word} stands for one of WORDS, {it} for what the sentence is about.
 
-SHOWN = ("{make} {image} {with} {it}.", "{make} {image} {with} {it}.", "{image} {with} {it}.", "{this} {shows} {it}.",
+
+SHOWN = ("{make} {image} {with} {it}.", "{make} {image} {with} {it}.", "{image} {with} {it}.",
+         "{this} {shows} {it}.",
          "There {be} {it} in {this}.", "{it} {be} {seen}.", "{it} {be} {seen} in {this}.",
          "In {this}, {it} {be} {seen}.")
 HIDDEN = ("{make} {image} {without} {it}.", "{make} {image} {without} {it}.", "{image} {without} {it}.",
           "{this} {lacks} {it}.", "There {be} no {it} in {this}.", "No {it} {be} {seen}.",
           "No {it} {be} {seen} in {this}.")
-PROCEDURE = ("{make} {image} {from} a {it}{exam}.", "{make} {image} {from} a {it}{exam}.", "{make} a {it} {view}.",
-             "{image} {from} a {it}{exam}.", "{this} comes from a {it}{exam}.", "A {view} {from} a {it}{exam}.")
+PROCEDURE = ("{make} {image} {from} a {it}{exam}.", "{make} {image} {from} a {it}{exam}.",
+             "{make} a {it} {view}.", "{image} {from} a {it}{exam}.",
+             "{this} comes from a {it}{exam}.", "A {view} {from} a {it}{exam}.")
 WORDS = {word: choices.split(" | ") for word, choices in {
-    "make": "Generate | Create | Produce | Render | Draw | Synthesize | Make | Please generate | I need | Give me",
+    "make": "Generate | Create | Produce | Render | Draw | Synthesize | Make | Please generate | I need"
+            " | Give me",
     "image": "an image | a picture | a realistic image | an endoscopic image | a frame | a clinical image"
              " | a video frame | an endoscopic view | a photo from an endoscopy | an endoscopy picture",
     "this": "the image | the picture | this endoscopic view | the frame | this image | the scene",
@@ -333,14 +379,16 @@ WORDS = {word: choices.split(" | ") for word, choices in {
     "shows": "shows | contains | depicts | displays | features | has | should show | should contain",
     "seen": "visible | present | shown | seen | in view",
     "without": "without any | with no | free of any | not containing any | not showing any | that shows no",
-    "lacks": "lacks any | does not contain any | does not show any | contains no | shows no | should not contain any",
+    "lacks": "lacks any | does not contain any | does not show any | contains no | shows no"
+             " | should not contain any",
     "from": "from | taken during | captured during | recorded in | acquired during | of",
     "exam": " |  procedure |  examination |  exam",
     "view": "image | picture | frame | view | photo | still",
     "in": "located in | in | situated in | lying in | found in | positioned in | which is located in",
     "abnormality": "an abnormality | a lesion | an abnormal area | an anomaly | an abnormal region",
     "instrument": "an instrument | a medical instrument | an endoscopic instrument | a tool | a device",
-    "landmark": "an anatomical landmark | a landmark | an anatomic landmark | one of the anatomical landmarks",
+    "landmark": "an anatomical landmark | a landmark | an anatomic landmark"
+                " | one of the anatomical landmarks",
     "colored": "colored | in | in shades of | that appears | with tones of | with a color of",
     "size": "of size | sized | measuring | with a size of | with a diameter of | in the size class",
     "< 5mm": "< 5mm | less than 5 mm | under 5mm | smaller than 5 mm | below 5mm",
@@ -353,13 +401,14 @@ WORDS = {word: choices.split(" | ") for word, choices in {
     "instruments": "instruments | medical instruments | endoscopic instruments | tools | endoscopic tools",
     "polyps": "polyps | mucosal polyps | separate polyps | distinct polyps",
     "box": "green/black box artefact | green/black box | green and black box | black/green box artifact",
-    "text": "text | text overlay | written text | lettering | overlaid text | burnt-in text | text annotation",
+    "text": "text | text overlay | written text | lettering | overlaid text | burnt-in text"
+            " | text annotation",
 }.items()}
 
 
 def paraphrase(text: str, n: int, seed: int) -> list[str]:
-    """n distinct prompts with the attributes of text, the same for the same seed; fewer where the frames give no more.
-    A text outside the grammar comes back alone."""
+    """n distinct prompts with the attributes of text, the same for the same seed; fewer where the frames give
+    no more. Of a text outside the grammar only the text itself is returned."""
     attributes, rng, out = parse(text), random.Random(f"{seed} {text}"), {}
     for _ in range(50 + 20 * n if attributes else 0):
         if len(out) == n:

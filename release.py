@@ -1,4 +1,4 @@
-"""The paper's released weights, read into our own networks: its names, and the command that makes a checkpoint of ours.
+"""The paper's released weights in our networks: their names, and the command that makes a checkpoint of them.
 
     python release.py --unet unet.safetensors --vae vae.safetensors --out runs/released.safetensors
 """
@@ -16,8 +16,10 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import load_state
 
-# Rename rules (weights.rename), published name first
+# Rename rules
 
+
+# Pairs for weights.rename, the released name first.
 RELEASED_RES_NAMES = (
     ("local_embedder.1", "emb"),
     ("block_seq.0.basic_block", "unit_1"),
@@ -27,15 +29,15 @@ RELEASED_RES_NAMES = (
 
 
 def unet_names(config):
-    """The rules of a U-Net of this config; the released way up is counted from the largest picture, three blocks a level."""
+    """Rename rules of the paper's released U-Net; its decoder is numbered from the finest level."""
     levels = len(config.channels) - 1
-    way_up = []
+    decoder = []
     for k in range(3 * levels):
-        level, before = k // 3, 2 - k % 3  # the blocks of a level that come before this one
-        mine = 4 * (levels - 1 - level) + before
-        way_up += [(f"out_blocks.{k}.0", f"up.{mine}.res"), (f"out_blocks.{k}.1", f"up.{mine}.text")]
+        level, before = k // 3, 2 - k % 3  # three blocks a level; ours that come before this one in the level
+        ours = 4 * (levels - 1 - level) + before
+        decoder += [(f"out_blocks.{k}.0", f"up.{ours}.res"), (f"out_blocks.{k}.1", f"up.{ours}.text")]
         if level > 0 and before == 2:
-            way_up.append((f"out_blocks.{k}.2.up_op", f"up.{mine + 1}"))
+            decoder.append((f"out_blocks.{k}.2.up_op", f"up.{ours + 1}"))
     return (
         ("time_embedder.time_emb.1", "time_mlp.0"),
         ("time_embedder.time_emb.3", "time_mlp.2"),
@@ -50,7 +52,7 @@ def unet_names(config):
         ("middle_block.0", "mid_1.res"),
         ("middle_block.1", "mid_1.text"),
         ("middle_block.2", "mid_2"),
-        *way_up,
+        *decoder,
         *RELEASED_RES_NAMES,
         ("attention.in_norm.context_mlp.1", "norm_1.to_scale_shift"),
         ("attention.out_norm.context_mlp.1", "norm_2.to_scale_shift"),
@@ -60,7 +62,7 @@ def unet_names(config):
 
 
 def vae_names(config):
-    """Rename rules (weights.rename) of the paper's released autoencoder, whose decoder is counted from the largest picture."""
+    """Rename rules of the paper's released autoencoder; its decoder is numbered from the finest level."""
     last = len(config.channels) - 2
     return (
         ("inc", "down.0"),
@@ -80,7 +82,7 @@ def vae_names(config):
 
 
 def unet_from_release(source) -> UNet:
-    """The paper's U-Net from a file or a state dict in the released names; its sizes are read off the tensors."""
+    """The paper's U-Net from a file or a state dict in the released names; the tensors give its sizes."""
     tensors, name = _released(source)
     try:
         widths = [tensors["in_conv.conv.weight"].shape[0]]
@@ -98,7 +100,7 @@ def unet_from_release(source) -> UNet:
 
 
 def vae_from_release(source) -> VAE:
-    """The paper's autoencoder, likewise; latent scale 1."""
+    """The paper's autoencoder, likewise; its latent scale is 1."""
     tensors, name = _released(source)
     try:
         widths = [tensors["inc.block_seq.0.basic_block.conv.weight"].shape[0]]
@@ -118,11 +120,14 @@ def _released(source):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Turn weights of the paper's released code into a checkpoint for sampler.py.")
+                                     description="Turn weights of the paper's released code into a "
+                                                 "checkpoint for sampler.py.")
     parser.add_argument("--unet", required=True, help="U-Net in the released names, .safetensors or .pth")
     parser.add_argument("--vae", required=True, help="autoencoder in the released names")
-    parser.add_argument("--text-encoder", default=TRAINING["paper"]["text_encoder"], help="CLIP text model by name or folder")
-    parser.add_argument("--size", type=int, default=TRAINING["paper"]["size"], help="side of the images, pixels")
+    parser.add_argument("--text-encoder", default=TRAINING["paper"]["text_encoder"],
+                        help="CLIP text model by name or folder")
+    parser.add_argument("--size", type=int, default=TRAINING["paper"]["size"],
+                        help="side of the images, pixels")
     parser.add_argument("--out", required=True, help="checkpoint to write")
     args = parser.parse_args(argv)
     unet, vae = unet_from_release(args.unet), vae_from_release(args.vae)

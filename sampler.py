@@ -1,9 +1,11 @@
 """Prompts to images: the command. The model is MSDM, Kandinsky 2.2 or Kandinsky 3, with or without adapters.
 
-    python sampler.py --ckpt runs/msdm/best.safetensors --prompt "Generate an image with 2 polyps." -n 8 --grid --out out
+    python sampler.py --ckpt runs/msdm/best.safetensors --prompt "Generate an image with 2 polyps." -n 8 \
+        --grid --out out/msdm
     python sampler.py --ckpt PRIOR_FOLDER --decoder DECODER_FOLDER --prior-lora runs/prior/best \
         --decoder-lora runs/decoder/best --prompts prompts.csv --size 256 --out out/kandinsky22
-    python sampler.py --ckpt KANDINSKY_3_FOLDER --lora runs/unet3/best --prompts prompts.csv --size 256 --out out/kandinsky3
+    python sampler.py --ckpt KANDINSKY_3_FOLDER --lora runs/unet3/best --prompts prompts.csv --size 256 \
+        --out out/kandinsky3
 """
 
 import argparse
@@ -27,7 +29,7 @@ from weights import fetch
 
 
 def load_model(args):
-    """(the model of --ckpt with its adapters, the hashes of all that was read).
+    """(the model of --ckpt with its adapters, the hashes of all files read).
 
     A file is a checkpoint of msdm.py; a folder, or a name on the hub, is Kandinsky's.
     """
@@ -37,7 +39,8 @@ def load_model(args):
                 raise BadInput(f"--{flag.replace('_', '-')} is not for {kind}, which --ckpt {args.ckpt} is")
 
     device = best_device(args.device)
-    hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in ("lora", "prior_lora", "decoder_lora")}
+    flags = ("lora", "prior_lora", "decoder_lora")
+    hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
         refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "dtype", "text_device")
         model = msdm.load(args.ckpt, device)
@@ -48,16 +51,18 @@ def load_model(args):
     if (folder / "prior").is_dir():
         refuse("a Kandinsky 2.2 prior", "lora", "text_device")
         if not args.decoder:
-            raise BadInput(f"{args.ckpt} is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder")
+            message = "is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder"
+            raise BadInput(f"{args.ckpt} {message}")
         decoder = fetch(args.decoder)
-        model = kandinsky.Kandinsky22.from_pretrained(folder, decoder, args.prior_lora, args.decoder_lora, dtype)
+        adapters = args.prior_lora, args.decoder_lora
+        model = kandinsky.Kandinsky22.from_pretrained(folder, decoder, *adapters, dtype)
         hashes["decoder"] = folder_hash(decoder)
     elif (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
         refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora")
         model = kandinsky.Kandinsky3.from_pretrained(folder, args.lora, dtype, args.text_device)
     else:
-        raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the folder of "
-                       "Kandinsky 3")
+        raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the "
+                       "folder of Kandinsky 3")
     return model.to(device), hashes | {"checkpoint": folder_hash(folder)}
 
 
@@ -65,14 +70,14 @@ def load_model(args):
 
 
 def claim_folder(out, settings, prompts, seed):
-    """A new data folder for these prompts, or one that the same command began."""
+    """Write config.json and prompts.csv into a new folder or one of the same settings; else BadInput."""
     config_file = out / "config.json"
     if config_file.exists():
         old = read_json(config_file)
-        differ = [k for k in settings if old.get(k) != settings[k]]
-        if differ:
-            k = differ[0]
-            raise BadInput(f"{out}: holds images made with {k}={old.get(k)!r}, now {k}={settings[k]!r}; give another --out")
+        for k, now in settings.items():
+            if old.get(k) != now:
+                made = f"holds images made with {k}={old.get(k)!r}, now {k}={now!r}"
+                raise BadInput(f"{out}: {made}; give another --out")
     elif out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: not empty and not made by sampler.py; give another --out")
     write_json(config_file, settings)
@@ -83,7 +88,7 @@ def claim_folder(out, settings, prompts, seed):
 
 
 def write_samples(model, prompts, args, request):
-    """Images into args.out as a data folder; those that are there already stay. request: settings of sample_batch."""
+    """Write the missing images of the data folder args.out. request: settings of sample_batch."""
     out = Path(args.out)
     files = [out / "images" / f"{i:06d}.png" for i in range(len(prompts))]
     missing = [i for i, f in enumerate(files) if not f.exists()]
@@ -92,7 +97,8 @@ def write_samples(model, prompts, args, request):
     with tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="image") as bar:
         for part in data.batches(len(missing), args.batch_size):
             indices = missing[part]
-            images = model.sample_batch([prompts[i] for i in indices], [args.seed + i for i in indices], **request)
+            seeds = [args.seed + i for i in indices]
+            images = model.sample_batch([prompts[i] for i in indices], seeds, **request)
             for i, image in zip(indices, images.numpy(), strict=True):
                 data.write_image(files[i], image.transpose(1, 2, 0))
             bar.update(len(indices))
@@ -105,28 +111,32 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Sample images for prompts.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--ckpt", required=True, help="checkpoint of msdm.py, or published folder of Kandinsky 2.2's prior or of 3")
+    flag("--ckpt", required=True,
+         help="checkpoint of msdm.py, published prior folder of Kandinsky 2.2, or folder of Kandinsky 3")
     flag("--decoder", help="folder of the decoder (Kandinsky 2.2)")
     flag("--lora", help="adapter folder (MSDM, Kandinsky 3)")
     flag("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")
     flag("--decoder-lora", help="adapter folder of the decoder (Kandinsky 2.2)")
-    flag("--lora-scale", type=float, default=1.0, help="strength of the adapters; 0 is the model without them")
+    flag("--lora-scale", type=float, default=1.0, help="strength of the adapters; 0 is the base model")
     flag("--prompt", action="append", help="a prompt; may be given several times")
     flag("--prompts", help="file of prompts: .txt, one a line, or .csv with a Prompt column")
     flag("-n", type=int, default=1, help="images a prompt")
-    flag("--seed", type=int, default=0, help="image i is drawn from seed + i")
-    flag("--steps", type=int, help="solver steps, 1 to 1000; None: 150 for MSDM, 50 for Kandinsky 2.2, 25 for 3")
+    flag("--seed", type=int, default=0, help="image i has the seed seed + i")
+    flag("--steps", type=int,
+         help="solver steps, 1 to 1000; None: 150 for MSDM, 50 for Kandinsky 2.2, 25 for Kandinsky 3")
     flag("--solver", choices=sorted(SOLVERS), default="ddpm", help="numerical solver of the reverse process")
-    flag("--guidance", type=float, help="uncond + guidance (cond - uncond); 1 is off; None: the checkpoint's own for MSDM, "
-                                        "4.0 for Kandinsky")
+    flag("--guidance", type=float,
+         help="g of uncond + g (cond - uncond); 1 is off; None: the checkpoint's for MSDM, 4 for Kandinsky")
     flag("--negative-prompt", default="", help="what guidance moves away from")
-    flag("--size", type=int, help="side of the images, pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
+    flag("--size", type=int, help="side of the images in pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
     flag("--batch-size", type=int, default=16, help="images at a time; does not change them")
     flag("--device", default="auto", help="cpu, cuda, or auto")
-    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (Kandinsky); None: float32")
-    flag("--text-device", help="where the text encoder runs, when not on --device (Kandinsky 3)")
-    flag("--grid", action=argparse.BooleanOptionalAction, default=False, help="also a sheet of the first 64, grid.png")
-    flag("--out", required=True, help="data folder to write; the same command again makes only what is missing")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"),
+         help="of the weights (Kandinsky); None: float32")
+    flag("--text-device", help="device of the text encoder (Kandinsky 3); None: --device")
+    flag("--grid", action=argparse.BooleanOptionalAction, default=False,
+         help="write a grid of the first 64 images too, grid.png")
+    flag("--out", required=True, help="data folder to write; run again, only missing images are made")
     args = parser.parse_args(argv)
     at_least_one(args, "n", "batch_size", "steps", "size")
     return args
@@ -148,10 +158,11 @@ def main(argv=None):
         lora.set_scale(network, args.lora_scale)
     adapted = any(lora.layers(network) for network in model.networks)
     is_kandinsky = "height" in request
-    settings = hashes | {"prompts": text_hash(*prompts), "steps": request["steps"], "solver": args.solver,
-                         "guidance": request["guidance"], "negative_prompt": args.negative_prompt, "seed": args.seed,
-                         "size": request.get("height"), "dtype": args.dtype or ("float32" if is_kandinsky else None),
-                         "lora_scale": args.lora_scale if adapted else None}
+    settings = hashes | {
+        "prompts": text_hash(*prompts), "steps": request["steps"], "solver": args.solver,
+        "guidance": request["guidance"], "negative_prompt": args.negative_prompt, "seed": args.seed,
+        "size": request.get("height"), "dtype": args.dtype or ("float32" if is_kandinsky else None),
+        "lora_scale": args.lora_scale if adapted else None}
     claim_folder(Path(args.out), settings, prompts, args.seed)
     write_samples(model, prompts, args, request)
 

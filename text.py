@@ -1,7 +1,8 @@
-"""Text encoders of MSDM: a small transformer that is trained along, with its tokenizer, or a public frozen CLIP.
+"""Text encoders of MSDM: a small transformer trained with the U-Net, and its tokenizer; a public frozen CLIP.
 
 CLIP   arXiv:2103.00020  Sec. 2.4, the text transformer
-ALiBi  arXiv:2108.12409  Sec. 3, attention logits fall linearly with the distance of two tokens
+ALiBi  arXiv:2108.12409  Sec. 3, a penalty on attention logits that is linear in the distance of two tokens
+BPE    arXiv:1508.07909  byte-pair encoding
 """
 
 from dataclasses import asdict, dataclass
@@ -15,18 +16,18 @@ from unet import attention
 
 @dataclass
 class TextConfig:
-    """A text transformer trained along; its tokenizer is the text of a `tokenizers` JSON file."""
+    """A text transformer trained with the U-Net; tokenizer is the text of a `tokenizers` JSON file."""
 
     tokenizer: str
     vocab: int
-    length: int = 96
+    length: int = 96  # tokens, padded or truncated
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
 
 
 class TextLayer(nn.Module):
-    """Self-attention, then a feed-forward layer, each on a normalised input."""
+    """Self-attention, then a feed-forward layer, both residual and pre-normalised."""
 
     def __init__(self, dim, n_heads):
         super().__init__()
@@ -36,25 +37,27 @@ class TextLayer(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, bias):
         y = self.norm_1(x)
-        x = x + self.to_out[0](attention(self.to_q(y), self.to_k(y), self.to_v(y), self.n_heads, mask))
+        x = x + self.to_out[0](attention(self.to_q(y), self.to_k(y), self.to_v(y), self.n_heads, mask, bias))
         return x + self.mlp(self.norm_2(x))
 
 
 def alibi(n, n_heads, device):
-    """-|i - j| 2^(-8 h / n_heads) for head h = 1, 2, ...: (1, n_heads, n, n), added to the logits (ALiBi, Sec. 3, both ways)."""
+    """Bias of the logits (1, n_heads, n, n): -|i - j| 2^(-8 h / n_heads) for head h = 1, 2, ...
+
+    ALiBi, Sec. 3, where it is causal; the symmetric form is ours.
+    """
     slope = 2.0 ** (-8 * torch.arange(1, n_heads + 1, device=device) / n_heads)
-    place = torch.arange(n, device=device)
-    return (-slope[:, None, None] * (place[None] - place[:, None]).abs())[None]
+    position = torch.arange(n, device=device)
+    return (-slope[:, None, None] * (position[None] - position[:, None]).abs())[None]
 
 
 class TextTransformer(nn.Module):
     """Prompts -> (states (b, length, dim), mask (b, length)), true at tokens.
 
-    CLIP's text tower at a small size; it looks both ways, for nothing is generated here. A token knows others by their
-    distance and not by their place in the text: several sentences may come in any order, and "upper-left" belongs to the
-    noun of its own.
+    CLIP's text transformer at a small size and bidirectional (ours). ALiBi replaces position embeddings, so
+    joined sentences may come in any order, and "upper-left" attends to the noun nearby.
     """
 
     trained = True
@@ -76,29 +79,35 @@ class TextTransformer(nn.Module):
         device = self.tokens.weight.device
         ids = torch.tensor([e.ids for e in encoded], device=device)
         mask = torch.tensor([e.attention_mask for e in encoded], device=device).bool()
-        bias = alibi(self.config.length, self.config.n_heads, device).masked_fill(~mask[:, None, None], -torch.inf)
-        x = self.tokens(ids)
+        bias = alibi(self.config.length, self.config.n_heads, device)
+        x = self.tokens(ids)  # (b, length, dim)
         for layer in self.layers:
-            x = layer(x, bias)
+            x = layer(x, mask, bias)
         return self.norm(x), mask
 
     def metadata(self):
         return {"train": asdict(self.config)}
 
 
-def learn_tokenizer(prompts, vocab=1024):
-    """Byte-level BPE learnt from the training prompts, as (JSON text, vocabulary size). <pad> is 0; <bos> and <eos> go round.
+# BPE merges inside a match only; spaces between matches are dropped. Prompts are in lower case here.
+WORD = (r"(?:\b(?:no|\d+) |[<>] ?)?"  # optional: a count ("2 ", "no ") or the sign of a size class
+        r"[\w-]+"  # a word: letters, digits, hyphens
+        r"|[^\w\s-]")  # or one punctuation mark
 
-    Words are cut at spaces and marks but not at hyphens: "upper-left" is one token, a place of its own, and not "upper", "-",
-    "left", which the text layers would have to put together again. So is a number with its noun, lest "2" alone be heard as of
-    polyps and of instruments alike, and ">20mm".
+
+def learn_tokenizer(prompts, vocab=1024):
+    """Byte-level BPE learnt from the training prompts, as (JSON text, vocabulary size).
+
+    <pad> is 0; <bos> and <eos> enclose every prompt. WORD is ours: the position "upper-left" is one token. A
+    count with its noun ("2 polyps") and a size class (">20mm") are single tokens too: otherwise "2" has one
+    embedding for polyps and instruments.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tok = Tokenizer(models.BPE())
     tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"(?:\b(?:no|\d+) |[<>] ?)?[\w-]+|[^\w\s-]"), "removed", invert=True),
+        pre_tokenizers.Split(Regex(WORD), "removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<pad>", "<bos>", "<eos>"]
@@ -110,7 +119,7 @@ def learn_tokenizer(prompts, vocab=1024):
 
 
 class TextEncoderReference(nn.Module):
-    """A public text encoder that is only named, for a checkpoint that is written without it."""
+    """The name of a public text encoder whose weights are not part of a checkpoint."""
 
     trained = False
 
@@ -123,7 +132,10 @@ class TextEncoderReference(nn.Module):
 
 
 class FrozenCLIP(TextEncoderReference):
-    """A public CLIP text model by name or folder: last hidden states of prompts padded to 64 tokens, never trained, not copied."""
+    """A public CLIP text model by name or folder, never trained.
+
+    Prompts -> (last hidden states (b, length, d), mask (b, length)); padded or truncated to length tokens.
+    """
 
     def __init__(self, name, length=64, dtype=torch.float32):
         super().__init__(name, length)
@@ -133,12 +145,14 @@ class FrozenCLIP(TextEncoderReference):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = CLIPTextModel.from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise BadInput(f"text encoder {name}: neither a folder with a CLIP text model nor to be had from the hub "
-                           f"({str(error).splitlines()[0]}); --text-encoder train learns a small one") from None
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"text encoder {name}: neither a folder with a CLIP text model nor available from "
+                           f"the hub ({reason}); --text-encoder train learns a small one") from None
 
     @torch.no_grad()
     def forward(self, prompts):
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.length,
                                 return_tensors="pt").to(self.model.device)
-        states = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return states.float(), tokens.attention_mask.bool()
+        mask = tokens.attention_mask
+        states = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
+        return states.float(), mask.bool()

@@ -1,8 +1,9 @@
-"""What the training scripts share: processes and device, seeds, EMA, the optimiser step, the run folder, resume.
+"""What the training scripts share: processes and device, seeds, EMA, the step, the run folder, resume.
 
-All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state of a run is
-its weights, its optimiser and its step, and a run killed at any moment ends with the same weights, bit for bit on a CPU,
-as one that was never killed. A run that is asked to stop, by Ctrl-C or --minutes, also validates where it stops.
+All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state
+of a run is its weights, its optimiser and its step, and a run killed at any moment and resumed ends with the
+same weights, bit for bit on a CPU, as one that was never killed. A run stopped by Ctrl-C or --minutes also
+validates where it stops.
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
@@ -56,10 +57,10 @@ class Distributed:
         dist.all_reduce(flat)
         flat /= self.size
         for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.copy_(part.view_as(p))  # into g, which lies in memory as p does: fused optimisers count on it
+            p.grad = g.copy_(part.view_as(p))  # into g, whose strides are p's: fused optimisers need that
 
     def mean(self, value: float):
-        """The mean of a number over the ranks: every rank calls it, every rank gets it."""
+        """The mean of a number over the ranks, on every rank; all must call it."""
         if self.size == 1:
             return value
         x = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -67,8 +68,9 @@ class Distributed:
         return x.item() / self.size
 
     def batch(self, n, batch_size, step, seed):
-        """This rank's (batch_size,) indices below n of a step: the ranks share one batch_indices."""
-        return batch_indices(n, batch_size * self.size, step, seed)[self.rank * batch_size:(self.rank + 1) * batch_size]
+        """This rank's (batch_size,) indices below n of a step: its part of one batch_indices."""
+        first = self.rank * batch_size
+        return batch_indices(n, batch_size * self.size, step, seed)[first:first + batch_size]
 
     def barrier(self):
         if self.size > 1:
@@ -76,7 +78,7 @@ class Distributed:
 
 
 def start(device="auto"):
-    """The Distributed of this process. All ranks build equal weights from one seed, so nothing is broadcast."""
+    """The Distributed of this process. All ranks build equal weights from one seed: nothing is broadcast."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -85,14 +87,14 @@ def start(device="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # a rank that ends with the group still open may abort the others
+        atexit.register(dist.destroy_process_group)  # an exit with an open group may abort other ranks
     return Distributed(rank, size, device)
 
 
 def autocast(device):
     """bf16 where the GPU has it, float32 elsewhere.
 
-    Nothing is cached: a weight cast in the pass without gradient that self-conditioning makes would be used in the next.
+    Casts are not cached: one made in self-conditioning's pass without gradient would be reused in the next.
     """
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
@@ -102,12 +104,12 @@ def autocast(device):
 
 
 def step_seed(*key):
-    """A 63-bit seed for torch made of whole numbers and words."""
+    """A 63-bit seed for torch from integers and strings."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def seed_step(*key):
-    """Seed torch's global source (dropout) and return a CPU generator for everything else that this step draws."""
+    """Seed torch's global generator (dropout); return a CPU generator for everything else in a step."""
     torch.manual_seed(step_seed("global", *key))
     return torch.Generator().manual_seed(step_seed(*key))
 
@@ -127,7 +129,10 @@ def batch_indices(n, batch_size, step, seed):
 
 
 class Batch:
-    """Everything that a step draws, by name: tensors or lists of one length, or None. Drawn whole, then cut into parts."""
+    """Everything random of a step, by name: tensors or lists of one length, or None.
+
+    It is drawn for the whole batch and then cut into parts, so the parts equal the whole.
+    """
 
     def __init__(self, **fields):
         vars(self).update(fields)
@@ -146,8 +151,8 @@ class Batch:
 def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor):
     """One step of the optimiser on the mean of loss_fn(part) over a batch that passes in `accumulate` parts.
 
-    Gradients are averaged over the ranks and clipped to norm 1; the learning rates count `factor` times. Returns the loss
-    of the batch (a tensor, without gradient) and the norm before clipping.
+    Gradients are averaged over the ranks and clipped to norm 1; learning rates are multiplied by `factor`.
+    Returns the loss of the batch (a tensor, without gradient) and the norm before clipping.
     """
     total = 0.0
     for part in batch.chunk(accumulate):
@@ -163,7 +168,7 @@ def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor):
 
 
 def fixed_noise(n, shape, T):
-    """(t (n,), eps (n, *shape)) that every validation takes: times over all of [0, T), so that two steps compare."""
+    """(t (n,), eps (n, *shape)) of every validation, fixed so that steps compare; t is spread over [0, T)."""
     g = torch.Generator().manual_seed(0)
     t = (torch.arange(n) * T // n)[torch.randperm(n, generator=g)]
     return t, torch.randn(n, *shape, generator=g)
@@ -186,12 +191,13 @@ class EMA:
     @torch.no_grad()
     def update(self):
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)
+        values = [p.detach() for p in self.params.values()]
+        torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         self.step += 1
 
     @contextlib.contextmanager
     def applied(self):
-        """`with ema.applied():` the network holds the average."""
+        """Inside `with ema.applied():` the network holds the average."""
         self._swap()
         try:
             yield
@@ -207,20 +213,21 @@ class EMA:
 
 
 class Run:
-    """runs/NAME/ with config.json, metrics.jsonl, samples/, last and best checkpoints, and state.pt, from which it goes on.
+    """runs/NAME/: config.json, metrics.jsonl, samples/, last and best checkpoints; state.pt to resume from.
 
-    settings are what must not change between two starts; those named in FREE may: what is read goes by its hash, not by
-    its path.
+    settings must not change between two starts, except those named in FREE; inputs count by their hash, not
+    by their path.
     """
 
-    FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "text_device", "steps", "epochs", "minutes",
-            "device", "log_every", "save_every", "shown", "sample_steps")
+    FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "text_device", "steps", "epochs",
+            "minutes", "device", "log_every", "save_every", "shown", "sample_steps")
 
     def __init__(self, folder, settings: dict, fingerprint: str, world):
         self.folder, self.world, self.best = Path(folder), world, math.inf
         self.state_file = self.folder / "state.pt"
         settings = json.loads(json.dumps(settings, default=str))
-        self.config = {"settings": settings, "data": fingerprint, "versions": versions(), "commit": git_commit()}
+        self.config = {"settings": settings, "data": fingerprint, "versions": versions(),
+                       "commit": git_commit()}
         config_file = self.folder / "config.json"
         if config_file.exists():
             old = read_json(config_file)
@@ -229,22 +236,23 @@ class Run:
             for key in sorted(settings.keys() | old["settings"].keys()):
                 was, now = old["settings"].get(key), settings.get(key)
                 if was != now and key not in self.FREE:
-                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, now {key}={now!r}; "
-                                   "give another --out")
+                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, "
+                                   f"now {key}={now!r}; give another --out")
             if old["data"] != fingerprint:
-                raise BadInput(f"{self.folder}: this run was started on other data ({old['data']}, now {fingerprint})")
+                raise BadInput(f"{self.folder}: this run was started on other data "
+                               f"({old['data']}, now {fingerprint})")
         if world.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            for half in self.folder.glob(".*.*.*"):  # files that a kill cut short (files.replacing)
-                half.unlink()
+            for unfinished in self.folder.glob(".*.*.*"):  # left by a kill (files.replacing)
+                unfinished.unlink()
             write_json(config_file, self.config)
         world.barrier()
 
     def restore(self, weights, opt, ema=None):
         """The step of the saved state, whose weights, averages and optimiser are put back; 0 for a new run.
 
-        weights: tensors by name, filled in place. Lines of metrics.jsonl after that step are dropped, for they will be
-        written again.
+        weights: tensors by name, filled in place. Lines of metrics.jsonl after that step are dropped, because
+        the resumed run writes them again.
         """
         state = None
         if self.state_file.exists():
@@ -273,7 +281,7 @@ class Run:
             torch.save(state, tmp)
 
     def keep(self, step, val_loss, save, **values):
-        """Log a validation; save("last"), and save("best") when its loss is the least so far. Rank 0 saves."""
+        """Log a validation; save("last"), and save("best") if its loss is the lowest so far. Rank 0 saves."""
         self.log(step=step, val_loss=val_loss, **values)
         is_best = val_loss < self.best
         self.best = min(self.best, val_loss)
@@ -305,21 +313,23 @@ class Run:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
-                break  # the line that a kill cut short
+                break  # the line that a kill left unfinished
         with replacing(path) as tmp:
             tmp.write_text("".join(kept), encoding="utf-8")
 
 
 class Loop:
-    """`for step in Loop(...)`: a progress bar over the steps left; ends early, between two steps, when the budget of
-    minutes is spent or Ctrl-C or a termination was asked for, of all ranks at once. `step` counts from the resumed one."""
+    """`for step in Loop(...)`: the steps from start, with a progress bar.
+
+    It ends early, between two steps and on all ranks at once, after SIGINT (Ctrl-C), SIGTERM or `minutes`.
+    """
 
     def __init__(self, name, start, steps, world, minutes=None):
         self.bar = tqdm(total=steps, initial=min(start, steps), desc=name, unit="step", dynamic_ncols=True,
                         disable=not world.is_main, mininterval=1.0 if sys.stderr.isatty() else 30.0)
         self.start, self.steps, self.world = start, steps, world
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self.stopped_by, self.asked, self.ends = None, None, False
+        self.stopped_by, self.decided, self.ends = None, None, False
 
     def __iter__(self):
         old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -338,20 +348,23 @@ class Loop:
         self.stopped_by = signum
 
     def last(self, step):
-        """True in the last step that is made here: time to save. Decided once a step, by all ranks, for all who ask."""
-        if step != self.asked:
+        """True in the last step of this process: time to save.
+
+        The first call of a step decides for the step, in a collective that every rank must enter.
+        """
+        if step != self.decided:
             stop = self.stopped_by is not None or time.monotonic() > self.deadline
-            self.asked, self.ends = step, self.world.mean(float(stop)) > 0 or step + 1 >= self.steps
+            self.decided, self.ends = step, self.world.mean(float(stop)) > 0 or step + 1 >= self.steps
         return self.ends
 
     def log(self, run, step, loss, **values):
-        """A line of metrics.jsonl and the loss beside the bar."""
+        """A line of metrics.jsonl, and the loss next to the progress bar."""
         loss = self.world.mean(loss.item())
         run.log(step=step, loss=loss, **values)
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def finish(self):
-        """After everything is saved: a run stopped by a signal leaves with that signal's status."""
+        """Call it after everything is saved: a run stopped by a signal exits with that signal's status."""
         if self.stopped_by is not None:
             print("stopped and saved; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + self.stopped_by)
@@ -364,7 +377,8 @@ def versions():
 def git_commit():
     try:
         here = Path(__file__).resolve().parent
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True,
+                             timeout=10)
         return out.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -374,24 +388,30 @@ def git_commit():
 
 
 def add_flags(parser, presets):
-    """The flags that every training script has. presets: {name: {flag: value}}, the values that flags have when they
-    are not given; see fill_defaults."""
+    """Add the flags of every training script; returns flag(name, help, ...), which adds one with presets.
+
+    presets: {name: {flag: value}}, the values of flags that are not given (fill_defaults).
+    """
     def flag(name, text, **settings):
         values = {preset: settings_of[name] for preset, settings_of in presets.items() if name in settings_of}
         same = len({str(v) for v in values.values()}) == 1
-        said = next(iter(values.values())) if same else ", ".join(f"{p} {v}" for p, v in values.items())
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{text} ({said})", **settings)
+        default = next(iter(values.values())) if same else ", ".join(f"{p} {v}" for p, v in values.items())
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            help=f"{text} ({default})", **settings)
 
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--captions", help="captions file, when it is not the folder's own")
-    parser.add_argument("--out", required=True, help="run folder; an existing run goes on")
+    parser.add_argument("--out", required=True, help="run folder; an existing run is resumed")
     flag("steps", "optimiser steps in all", type=int)
     flag("batch_size", "images a step and process", type=int)
     flag("lr", "learning rate after the warm-up", type=float)
     flag("warmup", "steps in which the learning rate rises to its value", type=int)
-    flag("cosine", "let the learning rate fall to zero by half a cosine", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--accumulate", type=int, default=1, help="parts in which a batch goes through the network")
-    parser.add_argument("--minutes", type=float, help="stop cleanly after this many minutes; the same command goes on")
+    flag("cosine", "let the learning rate fall to zero by half a cosine",
+         action=argparse.BooleanOptionalAction)
+    parser.add_argument("--accumulate", type=int, default=1,
+                        help="parts in which a batch passes through the network")
+    parser.add_argument("--minutes", type=float,
+                        help="stop cleanly after this many minutes; the same command resumes")
     parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
@@ -404,8 +424,8 @@ def fill_defaults(args, settings: dict):
     for name, value in settings.items():
         if name not in args:
             setattr(args, name, value)
-    at_least_one(args, *(n for n in ("batch_size", "accumulate", "log_every", "save_every", "views", "join", "sample_steps")
-                         if n in args))
+    counts = ("batch_size", "accumulate", "log_every", "save_every", "views", "join", "sample_steps")
+    at_least_one(args, *(name for name in counts if name in args))
 
 
 def read_data(args):

@@ -1,10 +1,12 @@
-"""The KL autoencoder: images in [-1, 1] to latents and back; its loss, and how it is trained.
+"""The KL autoencoder: images in [-1, 1] to latents and back; its loss and its training.
 
 z = vae.encode(img), img = vae.decode(z); paper: img (b, 3, h, w), z (b, 8, h/8, w/8).
 VAE    arXiv:1312.6114   the KL-regularised autoencoder; App. B: the KL of two Gaussians
-LDM    arXiv:2112.10752  Sec. 3.1  compress the images first, with a perceptual and a small KL term; App. G: unit-variance latents
+LDM    arXiv:2112.10752  Sec. 3.1  compress the images first, with a perceptual and a small KL term;
+                         App. G  unit-variance latents
+Medfusion  arXiv:2212.07501  the network with its deep supervision, and the terms of the loss (loss_fn)
 LPIPS  arXiv:1801.03924  Sec. 3  distance of unit-normalised VGG features, here without its learnt weights
-SSIM   Wang et al. 2004, IEEE TIP 13(4), Eq. 13
+SSIM   Wang et al. 2004, IEEE TIP 13(4), Eqs. 13 and 17
 
     python vae.py --data data/phantom --out runs/vae
 """
@@ -29,7 +31,7 @@ from weights import check_format, load_state
 
 @dataclass
 class VAEConfig:
-    channels: tuple[int, ...] = (64, 128, 256, 512)  # the picture halves between levels
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # of each level, from fine to coarse
     latent_channels: int = 8
 
     def __post_init__(self):
@@ -39,11 +41,12 @@ class VAEConfig:
 PRESETS = {
     "paper": VAEConfig(),
     "tiny": VAEConfig(channels=(16, 32, 64), latent_channels=4),
+    "demo": VAEConfig(channels=(16, 32, 64, 96), latent_channels=8),
 }
 
 
 class VAE(nn.Module):
-    """KL autoencoder. encode and decode own the latent scale: z has about unit variance over the training pictures."""
+    """KL autoencoder (Medfusion). encode and decode own the latent scale: z has about unit variance."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -52,19 +55,20 @@ class VAE(nn.Module):
         self.down = nn.ModuleList([ResBlock(3, widths[0], groups=8)])
         for a, b in zip(widths, widths[1:], strict=False):
             self.down += [nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=8)]
-        self.to_moments = nn.Sequential(nn.Conv2d(widths[-1], 2 * latent, 3, padding=1), nn.Conv2d(2 * latent, 2 * latent, 1))
+        self.to_moments = nn.Sequential(nn.Conv2d(widths[-1], 2 * latent, 3, padding=1),
+                                        nn.Conv2d(2 * latent, 2 * latent, 1))
 
         self.from_latent = ResBlock(latent, widths[-1], groups=8)
-        self.up = nn.ModuleList()  # from the smallest picture to the largest
+        self.up = nn.ModuleList()  # from coarse to fine
         for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True):
             self.up.append(nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), ResBlock(b, b, groups=8)]))
         self.to_img = zero_init(nn.Conv2d(widths[0], 3, 1))
-        self.to_half = zero_init(nn.Conv2d(widths[1], 3, 1))  # deep supervision: the picture at half resolution
+        self.to_half = zero_init(nn.Conv2d(widths[1], 3, 1))  # deep supervision: half resolution
         self.register_buffer("latent_scale", torch.ones(()))
 
     @property
     def factor(self):
-        """Pixels a latent cell is wide."""
+        """Side of a latent position in pixels."""
         return 2 ** (len(self.config.channels) - 1)
 
     def latent_shape(self, img):
@@ -72,15 +76,15 @@ class VAE(nn.Module):
         return (len(img), self.config.latent_channels, *(side // self.factor for side in img.shape[-2:]))
 
     def moments(self, img):
-        """(mu, logvar) of q(z | img), before the latent scale."""
+        """(mu, logvar) of q(z | img), before the latent scale; img (b, 3, h, w) in [-1, 1]."""
         x = img
         for block in self.down:
-            x = block(x)
-        mu, logvar = self.to_moments(x).chunk(2, dim=1)
+            x = block(x)  # at the end (b, channels[-1], h / factor, w / factor)
+        mu, logvar = self.to_moments(x).chunk(2, dim=1)  # (b, latent_channels, h / factor, w / factor)
         return mu, logvar.clamp(-30, 20)
 
     def encode(self, img, generator=None):
-        """z of about unit variance: drawn from q(z | img) with the generator, its mean without one."""
+        """z of about unit variance: a draw from q(z | img) with a generator, its mean without one."""
         mu, logvar = self.moments(img)
         if generator is not None:  # on the CPU, as every source of noise here
             mu = reparameterise(mu, logvar, torch.randn(mu.shape, generator=generator).to(mu))
@@ -91,11 +95,11 @@ class VAE(nn.Module):
         return self.decode_unscaled(z / self.latent_scale)[0]
 
     def decode_unscaled(self, z):
-        """(img, img at half resolution) of a latent before the scale: what the loss looks at."""
-        x = self.from_latent(z)
+        """(img (b, 3, h, w), half (b, 3, h/2, w/2)) of a latent before its scale; the loss compares both."""
+        x = self.from_latent(z)  # (b, channels[-1], h / factor, w / factor)
         for conv, block in self.up[:-1]:
             x = block(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
-        half = self.to_half(x)
+        half = self.to_half(x)  # x (b, channels[1], h/2, w/2)
         conv, block = self.up[-1]
         return self.to_img(block(conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))), half
 
@@ -114,7 +118,10 @@ def kl_divergence(mu, logvar):
 
 
 def ssim(a, b, sigma=1.5, data_range=2.0):
-    """Structural similarity (b,) of pictures in [-1, 1]: 11 x 11 Gaussian windows, those that lie inside (Wang et al., Eq. 13)."""
+    """Structural similarity (b,) of images in [-1, 1]: Wang et al., Eq. 13 and its mean, Eq. 17.
+
+    The windows are Gaussian, 11 x 11, and lie inside the image; the mean is over the channels, too.
+    """
     c_1, c_2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     x = torch.arange(11, device=a.device, dtype=a.dtype) - 5
     g = torch.exp(-(x**2) / (2 * sigma**2))
@@ -139,13 +146,14 @@ class Perceptual(nn.Module):
 
         vgg = vgg16()
         vgg.load_state_dict(state_dict)
-        self.stages = nn.ModuleList(vgg.features[a:b] for a, b in ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)))
+        cuts = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))  # stages end at relu1_2, 2_2, 3_3, 4_3, 5_3
+        self.stages = nn.ModuleList(vgg.features[a:b] for a, b in cuts)
         self.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, a, b):
-        """(b, 3, h, w) twice in [-1, 1], sides of at least 16 -> (b,)"""
+        """a, b (b, 3, h, w) in [-1, 1], sides of at least 16 -> (b,)"""
         x = (torch.cat([a, b]) / 2 + 0.5 - self.mean) / self.std
         total = 0.0
         for stage in self.stages:
@@ -156,35 +164,45 @@ class Perceptual(nn.Module):
 
 
 def find_perceptual(where):
-    """(the perceptual loss or None, hash of its weights) named by --perceptual: "off", "auto" (torchvision's cache) or a file."""
+    """(perceptual loss or None, hash of its weights) of "off", "auto" (torchvision's cache) or a file."""
     if where == "off":
         return None, "off"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth" if where == "auto" else Path(where)
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    path = cache / "vgg16-397923af.pth" if where == "auto" else Path(where)
     if not path.is_file():
         if where == "auto":
-            print(f"no VGG-16 weights at {path}: training without the perceptual term (--perceptual FILE gives them)")
+            print(f"no VGG-16 weights at {path}: training without the perceptual term "
+                  "(--perceptual FILE gives them)")
             return None, "off"
-        raise BadInput(f"--perceptual {where}: no such file, expected torchvision's VGG-16 weights, auto or off")
+        raise BadInput(f"--perceptual {where}: no such file, expected torchvision's VGG-16 weights, "
+                       "auto or off")
     try:
         return Perceptual(read_state(path)), file_hash(path)
     except RuntimeError as error:
         raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
 
 
-def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight):
-    """Reconstruction at full and half resolution + KL. Each term is a mean, so the picture's size does not set the step."""
+def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight=1.0):
+    """(loss, its terms) of img (b, 3, h, w): reconstruction at full and half resolution + KL.
+
+    The terms are Medfusion's with four changes. They are means, not sums over an image: the step does not
+    depend on the image's size. The target at half resolution is average-pooled (Medfusion: nearest-exact).
+    The pixel error is squared, as in the paper, and with l1_weight absolute as well (Medfusion: absolute).
+    SSIM is not clamped at 0.
+    """
     mu, logvar = vae.moments(img)
     out, half = vae.decode_unscaled(reparameterise(mu, logvar, eps))
     kl = kl_divergence(mu, logvar)
     loss, parts = kl_weight * kl, {"kl": kl}
-    for name, x, target in (("", out, img), ("half_", half, F.avg_pool2d(img, 2))):
-        parts[name + "mse"] = F.mse_loss(x, target)
-        with torch.autocast(x.device.type, enabled=False):  # the variance of smooth places is below what bf16 can tell
-            parts[name + "dssim"] = 1 - ssim(x.float(), target.float()).mean()
-        loss = loss + parts[name + "mse"] + l1_weight * F.l1_loss(x, target) + parts[name + "dssim"]
+    for name, weight, x, target in (("", 1.0, out, img), ("half_", half_weight, half, F.avg_pool2d(img, 2))):
+        mse = F.mse_loss(x, target)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 cannot resolve the variance of smooth areas
+            dssim = 1 - ssim(x.float(), target.float()).mean()
+        parts |= {name + "mse": mse, name + "dssim": dssim}
+        loss = loss + weight * mse + weight * l1_weight * F.l1_loss(x, target) + weight * dssim
         if perceptual is not None:
             parts[name + "perceptual"] = perceptual(x, target).mean()
-            loss = loss + parts[name + "perceptual"]
+            loss = loss + weight * parts[name + "perceptual"]
     return loss, parts
 
 
@@ -194,6 +212,7 @@ FORMAT = 2  # of the files that this code writes
 
 
 def metadata(vae):
+    """Metadata of a VAE's checkpoint."""
     return {"kind": "vae", "format": FORMAT, "config": asdict(vae.config)}
 
 
@@ -208,12 +227,18 @@ def load(path, device="cpu") -> VAE:
 
 # Training
 
-TRAINING = {  # what flags mean in a preset when they are not given
-    "paper": {"size": 256, "steps": 50_000, "batch_size": 8, "lr": 1e-4, "muon_lr": 0.0, "warmup": 100, "cosine": False,
-              "l1_weight": 0.0, "kl_weight": 1e-6, "jitter": 0.4},
-    "tiny": {"size": 64, "steps": 800, "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 100, "cosine": True,
-             "l1_weight": 1.0, "kl_weight": 3e-3, "jitter": 0.0},
+
+# Values of the flags that are not given, by preset. The paper sums its terms over an image (perceptual and
+# SSIM terms are broadcast over all values); ours are means: over 3 * 256 * 256 = 196,608 values of an image,
+# 49,152 at half resolution, 8 * 32 * 32 = 8,192 of a latent. The paper's sum divided by 196,608 has
+# kl_weight = 1e-6 * 8192 / 196608 = 4.2e-8, half_weight = 49152 / 196608 = 0.25, and 1 for all others.
+TRAINING = {
+    "paper": {"size": 256, "steps": 50_000, "batch_size": 8, "lr": 1e-4, "muon_lr": 0.0, "warmup": 100,
+              "cosine": False, "l1_weight": 0.0, "kl_weight": 4.2e-8, "half_weight": 0.25, "jitter": 0.4},
+    "tiny": {"size": 64, "steps": 800, "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 100,
+             "cosine": True, "l1_weight": 1.0, "kl_weight": 3e-3, "half_weight": 1.0, "jitter": 0.0},
 }
+TRAINING["demo"] = TRAINING["tiny"] | {"steps": 250, "warmup": 20}
 
 
 @torch.no_grad()
@@ -229,7 +254,7 @@ def measure_scale(vae, images, device):
 
 
 def draw_batch(vae, images, jitter, generator):
-    """uint8 images, their light changed, and the noise of their latents."""
+    """Batch(img, eps) of uint8 images: img in [-1, 1] after the colour jitter, eps the latents' noise."""
     img = data.to_float(images)
     if jitter:
         img = data.augment(img, generator, jitter)
@@ -237,22 +262,23 @@ def draw_batch(vae, images, jitter, generator):
 
 
 class Objective:
-    """The loss of a batch of images under the flags' weights."""
+    """The loss of a batch of images, weighted by the flags."""
 
     def __init__(self, vae, perceptual, args, device):
         self.vae, self.perceptual, self.args, self.device = vae, perceptual, args, device
 
     def terms(self, batch):
-        img = batch.img.to(self.device, memory_format=torch.channels_last)
+        img, args = batch.img.to(self.device, memory_format=torch.channels_last), self.args
         with training.autocast(self.device):
-            return loss_fn(self.vae, img, batch.eps.to(self.device), self.perceptual, self.args.kl_weight, self.args.l1_weight)
+            return loss_fn(self.vae, img, batch.eps.to(self.device), self.perceptual,
+                           args.kl_weight, args.l1_weight, args.half_weight)
 
     def loss(self, batch):
         return self.terms(batch)[0]
 
     @torch.no_grad()
     def validate(self, images):
-        """(loss, its terms) as means over uint8 images, the latents' noise fixed."""
+        """(loss, its terms) as means over uint8 images, with fixed noise in the latents."""
         total, terms = 0.0, Counter()
         for part in data.batches(len(images), 16):
             batch = draw_batch(self.vae, images[part], 0.0, torch.Generator().manual_seed(part.start))
@@ -291,7 +317,8 @@ def train(args):
         if world.is_main:
             with torch.no_grad():
                 img = data.to_float(val_images[:8]).to(device)
-                run.save_samples(step, data.to_uint8(torch.cat([img, vae.decode(vae.encode(img))])), columns=len(img))
+                both = torch.cat([img, vae.decode(vae.encode(img))])
+                run.save_samples(step, data.to_uint8(both), columns=len(img))
         vae.train()
         run.save_progress(step, vae.state_dict(), opt)
 
@@ -302,29 +329,35 @@ def train(args):
         indices = world.batch(len(images), args.batch_size, step, args.seed)
         batch = draw_batch(vae, images[indices], args.jitter, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, None, world, factor)
+        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, None, world,
+                                         factor)
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)
     loop.finish()
     if world.is_main:
-        print(f"{run.folder}/best.safetensors: validation loss {run.best:.4f}, latent scale {vae.latent_scale.item():.4f}")
+        print(f"{run.folder}/best.safetensors: validation loss {run.best:.4f}, "
+              f"latent scale {vae.latent_scale.item():.4f}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train the KL autoencoder on the images of a data folder. Values in brackets "
-                                                 "are those of the presets.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(TRAINING), default="tiny", help="network and training settings")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Train the KL autoencoder on the images of a data folder. "
+                                                 "Values in brackets are those of the presets.")
+    parser.add_argument("--preset", choices=sorted(TRAINING), default="tiny",
+                        help="network and training settings")
     flag = training.add_flags(parser, TRAINING)
     flag("size", "side of the images, pixels", type=int)
-    parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad", help="how an image becomes a square")
+    parser.add_argument("--crop", choices=("pad", "random", "center"), default="pad",
+                        help="how an image becomes a square")
     flag("muon_lr", "learning rate of Muon for the inner weights; 0: AdamW for all", type=float)
-    flag("l1_weight", "of the absolute error", type=float)
-    flag("kl_weight", "of the Kullback-Leibler divergence, a mean over the latent's elements", type=float)
+    flag("l1_weight", "weight of the absolute error", type=float)
+    flag("kl_weight", "weight of the Kullback-Leibler divergence, a mean over latent elements", type=float)
+    flag("half_weight", "weight of the terms at half resolution", type=float)
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
-    parser.add_argument("--perceptual", default="auto", help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
+    parser.add_argument("--perceptual", default="auto",
+                        help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
     args = parser.parse_args(argv)
     training.fill_defaults(args, TRAINING[args.preset])
     train(args)

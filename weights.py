@@ -1,7 +1,7 @@
 """Checkpoints published elsewhere, read into our own modules and written back under their own names.
 
-A network with published checkpoints carries a table of rename rules, `published_names`; a load is strict: every tensor
-has one place, every parameter is set, or an error lists what does not fit.
+A network with published checkpoints carries a table of rename rules, `published_names`. A load is strict:
+every tensor sets one parameter and every parameter is set, or an error lists what does not fit.
 """
 
 import functools
@@ -32,8 +32,8 @@ DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kand
 def rename(name, rules, back=False):
     """The published name of a tensor or module as ours; with back, ours as published.
 
-    A rule is (published, ours), each a run of whole dotted parts in which # stands for one number. The rules of a table
-    are applied one after the other, backwards for back. "a|b" reads either name and writes the first.
+    A rule is (published, ours), each a run of whole dotted parts in which # stands for one number. The rules
+    of a table are applied in order, for back in reverse order. "a|b" reads either name and writes the first.
     """
     for published, ours in reversed(rules) if back else rules:
         old, new = (ours, published.split("|")[0]) if back else (published, ours)
@@ -43,7 +43,8 @@ def rename(name, rules, back=False):
 
 @functools.cache
 def _pattern(rule):
-    return re.compile(r"(?<![^.])(?:" + re.escape(rule).replace(r"\#", r"(\d+)").replace(r"\|", "|") + r")(?![^.])")
+    alternatives = re.escape(rule).replace(r"\#", r"(\d+)").replace(r"\|", "|")
+    return re.compile(rf"(?<![^.])(?:{alternatives})(?![^.])")
 
 
 def _fill(new, match):
@@ -52,24 +53,24 @@ def _fill(new, match):
 
 
 def load_state(module, tensors, source, rules=(), dtype=None):
-    """Fill a module built on the meta device: every parameter set, every tensor used, or an error that lists the rest.
+    """Fill a module built on the meta device: all parameters set, all tensors used, or BadInput.
 
-    rules rename published tensors (see rename). Tensors of load_safetensors lie in the file until they are converted to
-    dtype, one after the other; those that have it already stay there, mapped.
+    rules rename published tensors (see rename). Tensors of load_safetensors stay in the file until they are
+    converted to dtype, one after the other; those of that dtype remain there, mapped into memory.
     """
-    own, names, twice = module.state_dict(), {}, []
+    own, names, duplicates = module.state_dict(), {}, []  # names: our name -> the published one
     for name in tensors:
-        mine = rename(name, rules)
-        if mine in names:
-            twice.append(f"{name} and {names[mine]}")
-        names[mine] = name
+        renamed = rename(name, rules)
+        if renamed in names:
+            duplicates.append(f"{name} and {names[renamed]}")
+        names[renamed] = name
     missing = sorted(rename(k, rules, back=True) for k in own.keys() - names.keys())
     extra = sorted(names[k] for k in names.keys() - own.keys())
     shapes = [f"{names[k]} expected {tuple(own[k].shape)}, got {tuple(tensors[names[k]].shape)}"
               for k in sorted(own.keys() & names.keys()) if own[k].shape != tensors[names[k]].shape]
-    if missing or extra or shapes or twice:
-        parts = [f"{word}: {', '.join(found)}" for word, found in
-                 (("not set", missing), ("not read", extra), ("other shapes", shapes), ("read twice", twice)) if found]
+    if missing or extra or shapes or duplicates:
+        problems = {"not set": missing, "not read": extra, "other shapes": shapes, "duplicates": duplicates}
+        parts = [f"{problem}: {', '.join(which)}" for problem, which in problems.items() if which]
         raise BadInput(f"{source}: does not fit {type(module).__name__}: " + "; ".join(parts))
     ours = {k: tensors[names[k]] for k in own}
     cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in ours.items()}
@@ -78,18 +79,20 @@ def load_state(module, tensors, source, rules=(), dtype=None):
 
 
 def check_format(path, meta, kind, number, remedy):
-    """Refuse a checkpoint of ours that is of another kind, or of an earlier or later format."""
+    """BadInput for a checkpoint of another kind, or of an earlier or later format."""
     if meta.get("kind") != kind:
-        raise BadInput(f"{path}: expected a checkpoint of {kind}.py, got {meta.get('kind', 'a file without a kind')!r}")
+        found = meta.get("kind", "a file without a kind")
+        raise BadInput(f"{path}: expected a checkpoint of {kind}.py, got {found!r}")
     if (found := meta.get("format", 1)) != number:
-        raise BadInput(f"{path}: a checkpoint of format {found}, this version reads format {number}; {remedy}")
+        versions = f"a checkpoint of format {found}, this version reads format {number}"
+        raise BadInput(f"{path}: {versions}; {remedy}")
 
 
 def check_config(config, source, kind, defaults, allowed):
-    """A published config.json as plain settings, or an error that names every value that the code here does not do.
+    """The settings of a published config.json that are read, or BadInput with every unsupported value.
 
-    defaults: settings that are read, with the value a file without them means; allowed: settings with the values that
-    are supported.
+    defaults: the settings that are read, with their values where a file lacks them; allowed: the supported
+    values of settings that are not read.
     """
     if config.get("_class_name", kind) != kind:
         raise BadInput(f"{source}: expected the config of a {kind}, got {config['_class_name']}")
@@ -101,24 +104,26 @@ def check_config(config, source, kind, defaults, allowed):
 
 
 def fetch(name):
-    """A folder of this machine, or a repository of the hub brought to its cache: configs, tokenizers, safetensors."""
+    """A local folder, or the hub's cache of a repository: configs, tokenizers, safetensors."""
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise BadInput(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download  # only here: a folder of this machine needs no hub
+    from huggingface_hub import snapshot_download  # only here: a local folder needs no hub
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{name}: no such folder, and the hub gave no repository of this name ({reason})") from None
+        message = f"{name}: no such folder, and the hub gave no repository of this name ({reason})"
+        raise BadInput(message) from None
 
 
 def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
-    """(config, tensors) of a published model folder: config.json beside one safetensors file, or several with an index.
+    """(config, tensors) of a published folder: config.json, and safetensors in one file or in indexed shards.
 
-    Where there is a half-precision variant beside the full one, dtype decides which is read. No tensor is copied yet.
+    If there is a half-precision variant too, dtype decides which is read. No tensor is copied yet.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -128,7 +133,7 @@ def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
             return config, load_safetensors(whole)[0]
         if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
             return config, _read_shards(index)
-    raise BadInput(f"{folder}: expected {stem}.safetensors, its .fp16 variant, or shards with an index; found none")
+    raise BadInput(f"{folder}: expected {stem}.safetensors, its .fp16 variant, or shards with an index")
 
 
 def _read_shards(index):
@@ -147,9 +152,9 @@ def _read_shards(index):
 
 
 def load_published(build, folder, dtype):
-    """A network that build makes of a published config, filled from its folder, in evaluation mode.
+    """The network that build makes of a published config, with the folder's weights, in evaluation mode.
 
-    Its parameters stay trainable: frozen ones change torch's choice of kernels, and so the last bit of published outputs.
+    Its parameters stay trainable: if frozen, torch chooses other kernels, and outputs differ in the last bit.
     """
     config, tensors = read_checkpoint(folder, dtype)
     with torch.device("meta"):
