@@ -1,6 +1,6 @@
-"""The metrics rows of the benchmark: time and peak memory of the statistics, the Inception's rate beside torchvision's.
+"""The metrics rows of the benchmark: time and peak memory of the statistics, the Inception's rate.
 
-Each row runs in a process of its own: its peak memory is that of the process, torch and the two sets included.
+Each row runs in a process of its own: its peak memory is that of the process, with torch and the two sets.
 
     python tests/bench_metrics.py
 """
@@ -49,15 +49,16 @@ def measure(name):
 
 
 def peak_gib():
-    """The most memory that this program held. Linux' ru_maxrss would count what the process that started it held, too."""
+    """The most memory that this program held. Linux' ru_maxrss would count its parent's, too."""
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def rates(n=8, repeats=3):
-    """Images per second of both networks, in turns, the best of each: ours resizes from 256 px, theirs gets 299 px."""
+    """Images per second of both networks, in turns, the best of each: ours resizes from 256 to 299 px."""
     import torch
     from torchvision.models import inception_v3
 

@@ -1,6 +1,7 @@
-"""How far the fast solvers are from the exact path: error against a fine solution of the same ODE, on a trained checkpoint.
+"""How far the fast solvers are from the exact path: error against a fine solution of the same ODE.
 
-The error is the root mean square difference of latents from 500 DPM-Solver++ steps, over the spread of those latents.
+The error is the root mean square difference of latents from 500 DPM-Solver++ steps, over the spread of those
+latents, on a trained checkpoint.
 Two choices of times are compared: even in t (trailing, the default) and even in log-SNR.
 
     python tests/curves.py --ckpt runs/msdm/best.safetensors
@@ -8,6 +9,7 @@ Two choices of times are compared: even in t (trailing, the default) and even in
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,12 +20,12 @@ from tqdm import tqdm  # noqa: E402
 import msdm  # noqa: E402
 from diffusion import SOLVERS, seeded_noise, timesteps  # noqa: E402
 
-PROMPTS = ("Generate an image with 1 polyp.", "Generate an image with no polyps.", "Generate an image containing text.",
-           "Generate an image with 2 instruments.")
+PROMPTS = ("Generate an image with 1 polyp.", "Generate an image with no polyps.",
+           "Generate an image containing text.", "Generate an image with 2 instruments.")
 
 
 def log_snr_times(alpha_bar, steps):
-    """(steps,) descending times from T - 1, evenly apart in log(alpha_bar / (1 - alpha_bar)); no time twice."""
+    """(steps,) descending times from T - 1, even in log(alpha_bar / (1 - alpha_bar)); no time twice."""
     log_snr = torch.log(alpha_bar / (1 - alpha_bar))
     wanted = torch.linspace(log_snr[-1], log_snr[0], steps + 1, dtype=torch.float64)[:-1]
     times = (log_snr[None] - wanted[:, None]).abs().argmin(dim=1)
@@ -40,7 +42,8 @@ def latents(model, solver, times, n, guidance):
     def noise():
         return draw(n, *model.latent_shape())
 
-    return SOLVERS[solver](model.denoiser(prompts, guidance), noise(), model.diffusion.alpha_bar(), times, noise)
+    denoise = model.denoiser(prompts, guidance)
+    return SOLVERS[solver](denoise, noise(), model.diffusion.alpha_bar(), times, noise)
 
 
 def main():
@@ -54,7 +57,7 @@ def main():
     model = msdm.load(args.ckpt)
     alpha_bar, T = model.diffusion.alpha_bar(), model.diffusion.T
     exact = latents(model, "dpmpp", timesteps(T, 500), args.n, args.guidance)
-    runs = [(solver, spacing, steps) for solver in ("ddim", "dpmpp") for spacing in ("trailing", "log-SNR") for steps in args.steps]
+    runs = list(product(("ddim", "dpmpp"), ("trailing", "log-SNR"), args.steps))
     errors = {}
     for solver, spacing, steps in tqdm(runs, "curves"):
         times = timesteps(T, steps) if spacing == "trailing" else log_snr_times(alpha_bar, steps)
@@ -62,7 +65,8 @@ def main():
         errors[solver, spacing, steps] = ((out - exact).square().mean().sqrt() / exact.std()).item()
     print("| solver, times | " + " | ".join(map(str, args.steps)) + " |\n|---|" + "---|" * len(args.steps))
     for solver, spacing in dict.fromkeys(k[:2] for k in errors):
-        print(f"| {solver}, {spacing} | " + " | ".join(f"{errors[solver, spacing, s]:.3f}" for s in args.steps) + " |")
+        row = [f"{errors[solver, spacing, s]:.3f}" for s in args.steps]
+        print(f"| {solver}, {spacing} | " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

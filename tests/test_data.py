@@ -1,4 +1,4 @@
-"""data.py: what is read from a folder is what stands in it, every odd picture opens, bad input is one clear line."""
+"""data.py: a folder is read as it stands, every odd image opens, bad input is one clear line."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import KVASIR, image, real_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,16 +18,9 @@ import data
 from command import BadInput
 from data import Record
 
-KVASIR = Path(__file__).resolve().parents[2] / "shared" / "data" / "kvasir-seg"
-real_data = pytest.mark.skipif(not KVASIR.is_dir(), reason=f"no real pictures at {KVASIR}")
 ROWS = [("Generate an image containing a polyp.", "a"), ("Generate an image with 2 polyps.", "b.png"),
-        ("Generate an image with an an abnormality located in the upper-left, center and lower-rigth.", "a.jpg")]
-
-
-def picture(seed=0, w=48, h=32):
-    """Smooth coloured noise."""
-    x = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(x).resize((w, h), Image.Resampling.BICUBIC)
+        ("Generate an image with an an abnormality located in the upper-left, center and lower-rigth.",
+         "a.jpg")]
 
 
 @pytest.fixture
@@ -34,7 +28,7 @@ def folder(tmp_path):
     """Images a.jpg, b.png, c.jpg and no captions."""
     (tmp_path / "images").mkdir()
     for i, name in enumerate(("a.jpg", "b.png", "c.jpg")):
-        picture(i).save(tmp_path / "images" / name)
+        image(i).save(tmp_path / "images" / name)
     return tmp_path
 
 
@@ -54,7 +48,8 @@ def write(path, header, rows, delimiter, start="", end="\n", encoding="utf-8"):
 def test_every_dialect_of_csv_reads_the_same(folder, delimiter, start, end, header):
     write(folder / "prompt-gt.csv", header, ROWS, delimiter, start, end)
     records = data.read_folder(folder)
-    assert [r.name for r in records] == ["a.jpg", "b.png"]                 # order of first appearance, c has no prompt
+    assert [r.name for r in records] == ["a.jpg",
+                                         "b.png"]                 # order of first appearance, c has no prompt
     assert records[0].prompts == [ROWS[0][0], ROWS[2][0]] and records[1].prompts == [ROWS[1][0]]
     assert records[0].path == folder / "images" / "a.jpg"
 
@@ -68,7 +63,8 @@ def test_columns_may_stand_in_any_order_and_a_paraphrase_is_one_more_prompt(fold
 def test_which_captions_file_is_read(folder):
     write(folder / "other.csv", ("Prompt", "Filename"), [("other", "a")], ",")
     assert data.read_folder(folder)[0].prompts == ["other"]
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.jpg", "text": "metadata"}) + "\n\n")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.jpg",
+                                                       "text": "metadata"}) + "\n\n")
     assert data.read_folder(folder)[0].prompts == ["metadata"]
     data.write_captions(folder, [("gt; quoted", "a.jpg")])
     assert data.read_folder(folder)[0].prompts == ["gt; quoted"]
@@ -102,7 +98,8 @@ def test_bad_csv_is_one_line_with_file_and_row(folder, text, expected):
     assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a"}', '{"text": "x"}', '{"file_name": 3, "text": "x"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a"}', '{"text": "x"}',
+                                  '{"file_name": 3, "text": "x"}'])
 def test_bad_jsonl_names_the_row(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "a", "text": "x"}\n' + line + "\n")
     with pytest.raises(BadInput, match="metadata.jsonl, row 2"):
@@ -122,7 +119,7 @@ def test_missing_folders_and_files(folder, tmp_path):
         write(folder / name, ("Prompt", "Filename"), ROWS, ";")
     with pytest.raises(BadInput, match="x.csv, y.csv"):
         data.read_folder(folder)
-    picture().save(folder / "images" / "a.png")
+    image().save(folder / "images" / "a.png")
     with pytest.raises(BadInput, match="'a' may be any of a.jpg, a.png"):
         data.read_folder(folder, folder / "x.csv")
 
@@ -165,24 +162,26 @@ def test_a_palette_colour_may_be_transparent(tmp_path):
     assert [0, 0, 0] in (first, second) and first != second
 
 
-@pytest.mark.parametrize("orientation, turned", [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270),
+@pytest.mark.parametrize("orientation, turned",
+                         [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270),
                                                  (8, Image.Transpose.ROTATE_90)])
 def test_exif_rotation_is_applied(tmp_path, orientation, turned):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture().save(tmp_path / "r.png", exif=exif)
-    np.testing.assert_array_equal(data.open_image(tmp_path / "r.png"), picture().transpose(turned))
+    image().save(tmp_path / "r.png", exif=exif)
+    np.testing.assert_array_equal(data.open_image(tmp_path / "r.png"), image().transpose(turned))
 
 
 def broken_files(folder):
-    picture(1, 300, 300).save(folder / "whole.jpg")
-    picture(1, 300, 300).save(folder / "whole.png")
+    image(1, 300, 300).save(folder / "whole.jpg")
+    image(1, 300, 300).save(folder / "whole.png")
     for suffix in ("jpg", "png"):
         content = (folder / f"whole.{suffix}").read_bytes()
         (folder / f"truncated.{suffix}").write_bytes(content[:len(content) // 2])
     (folder / "zero.jpg").touch()
-    (folder / "text.png").write_text("not a picture")
-    return [folder / name for name in ("truncated.jpg", "truncated.png", "zero.jpg", "text.png", "absent.png")]
+    (folder / "text.png").write_text("not an image")
+    return [folder / name for name in ("truncated.jpg", "truncated.png", "zero.jpg", "text.png",
+                                       "absent.png")]
 
 
 def test_broken_files_are_named(tmp_path):
@@ -192,14 +191,14 @@ def test_broken_files_are_named(tmp_path):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_padding_keeps_the_whole_picture_centred_on_black():
+def test_padding_keeps_the_whole_image_centred_on_black():
     x = data.preprocess(Image.new("RGB", (60, 30), (200, 100, 50)), 20)
     assert x.shape == (20, 20, 3) and x.dtype == np.uint8
     assert (x[:4] == 0).all() and (x[-4:] == 0).all() and (x[7:13] == (200, 100, 50)).all()
 
 
 def test_a_square_of_the_right_size_is_untouched():
-    np.testing.assert_array_equal(data.preprocess(picture(0, 32, 32), 32), picture(0, 32, 32))
+    np.testing.assert_array_equal(data.preprocess(image(0, 32, 32), 32), image(0, 32, 32))
 
 
 def test_resizing_antialiases():
@@ -220,7 +219,7 @@ def many(folder, n, bad=0):
     records = []
     for i in range(n):
         path = folder / f"{i}.png"
-        path.touch() if i < bad else picture(i).save(path)
+        path.touch() if i < bad else image(i).save(path)
         records.append(Record(path, path.name, [f"prompt {i}"]))
     return records
 
@@ -230,7 +229,7 @@ def test_images_come_in_order(tmp_path):
     images, kept = data.load_images(records, 16, workers=3)
     assert images.dtype == torch.uint8 and images.shape == (7, 3, 16, 16) and kept == records
     for i in range(7):
-        np.testing.assert_array_equal(images[i].permute(1, 2, 0), data.preprocess(picture(i), 16))
+        np.testing.assert_array_equal(images[i].permute(1, 2, 0), data.preprocess(image(i), 16))
 
 
 def test_a_few_unreadable_images_are_named_and_skipped(tmp_path, capsys):
@@ -239,7 +238,7 @@ def test_a_few_unreadable_images_are_named_and_skipped(tmp_path, capsys):
     err = capsys.readouterr().err
     assert len(images) == 38 and kept == records[2:] and "2 unreadable images of 40" in err
     assert str(records[0].path) in err and str(records[1].path) in err
-    np.testing.assert_array_equal(images[0].permute(1, 2, 0), data.preprocess(picture(2), 8))
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0), data.preprocess(image(2), 8))
     with pytest.raises(BadInput, match="0.png"):
         data.load_images(records, 8, on_bad="raise")
 
@@ -286,8 +285,9 @@ def test_a_group_shares_a_side():
 def test_near_duplicates_are_found_and_kept_together(tmp_path):
     records = many(tmp_path, 30)
     noise = np.random.default_rng(0).normal(0, 4, (32, 48, 3))
-    again = np.asarray(picture(3)) * 0.9 + noise                     # darker, noisy, recompressed, another size
-    Image.fromarray(again.clip(0, 255).astype(np.uint8)).resize((96, 64)).save(tmp_path / "again.jpg", quality=80)
+    again = np.asarray(image(3)) * 0.9 + noise                     # darker, noisy, recompressed, another size
+    Image.fromarray(again.clip(0, 255).astype(np.uint8)).resize((96, 64)).save(tmp_path / "again.jpg",
+                                                                               quality=80)
     records.append(Record(tmp_path / "again.jpg", "again.jpg", []))
     assert data.near_duplicates(records) == [[3, 30]]
     for seed in range(15):
@@ -295,7 +295,7 @@ def test_near_duplicates_are_found_and_kept_together(tmp_path):
         assert (records[3] in train) == (records[30] in train)
 
 
-def test_flat_and_unreadable_pictures_are_nobodys_duplicates(tmp_path):
+def test_flat_and_unreadable_images_are_nobodys_duplicates(tmp_path):
     records = many(tmp_path, 4, bad=2)
     for i in (4, 5):
         Image.new("RGB", (20, 20), (90, 30, 30)).save(tmp_path / f"{i}.png")
@@ -305,11 +305,13 @@ def test_flat_and_unreadable_pictures_are_nobodys_duplicates(tmp_path):
 
 @pytest.mark.parametrize("as_float", [False, True])
 def test_augment_is_torchvisions_colour_jitter(as_float):
-    images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
     brightness, contrast = 0.6 + 0.8 * torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
     x = images / 127.5 - 1 if as_float else images
     out = data.augment(x, torch.Generator().manual_seed(1))
-    assert out.dtype == x.dtype and len({round(f, 4) for f in (*brightness.tolist(), *contrast.tolist())}) == 10
+    assert out.dtype == x.dtype and len({round(f, 4)
+                                         for f in (*brightness.tolist(), *contrast.tolist())}) == 10
     for i in range(5):
         want = tv.adjust_contrast(tv.adjust_brightness(images[i] / 255, brightness[i]), contrast[i])
         got = (out[i] + 1) / 2 if as_float else out[i] / 255
@@ -334,14 +336,14 @@ def test_fingerprint_sees_names_sizes_and_prompts(folder):
     data.write_captions(folder, ROWS[:2] + [("x", "c.jpg")])
     first = data.fingerprint(data.read_folder(folder))
     assert first == data.fingerprint(data.read_folder(folder))
-    picture(9, 90, 90).save(folder / "images" / "c.jpg")
+    image(9, 90, 90).save(folder / "images" / "c.jpg")
     second = data.fingerprint(data.read_folder(folder))
     data.write_captions(folder, ROWS[:2] + [("y", "c.jpg")])
     assert len({first, second, data.fingerprint(data.read_folder(folder))}) == 3
 
 
 def test_write_image_is_whole_or_absent(tmp_path):
-    pixels = np.asarray(picture())
+    pixels = np.asarray(image())
     data.write_image(tmp_path / "deep" / "x.png", pixels)
     np.testing.assert_array_equal(data.open_image(tmp_path / "deep" / "x.png"), pixels)
     with pytest.raises((TypeError, ValueError)):
@@ -364,14 +366,15 @@ def test_a_grid_is_read_row_by_row(tmp_path):
 
 def test_check_reports_everything_by_name(folder, capsys):
     for i in range(20):
-        picture(50 + i).save(folder / "images" / f"n{i}.png")
+        image(50 + i).save(folder / "images" / f"n{i}.png")
     (folder / "images" / "copy.png").write_bytes((folder / "images" / "b.png").read_bytes())
     rows = [*ROWS, ("Draw me a sheep.", "copy.png"), *((ROWS[0][0], f"n{i}") for i in range(20))]
     data.write_captions(folder, rows)
     assert data.main(["check", "--data", str(folder)]) == 0
     out = capsys.readouterr().out
     for line in ("23 images, 24 prompts, 4 distinct, 1 to 2 an image", "48x32 (23)", "b.png = copy.png",
-                 "b.png ~ copy.png", "1 images without a prompt\n    c.jpg", "1 x Draw me a sheep.", "usable"):
+                 "b.png ~ copy.png", "1 images without a prompt\n    c.jpg", "1 x Draw me a sheep.",
+                 "usable"):
         assert line in out
     (folder / "images" / "n0.png").write_bytes(b"")
     assert data.main(["check", "--data", str(folder)]) == 0                # 1 of 23 is still below 5 %
@@ -398,7 +401,8 @@ def test_check_of_too_many_broken_images(folder, capsys):
 
 
 @pytest.mark.parametrize("make, status, word", [(lambda f: None, 2, "error: "),
-                                                (lambda f: data.write_captions(f, [("x", "none.jpg")]), 1, ""),
+                                                (lambda f: data.write_captions(f, [("x", "none.jpg")]), 1,
+                                                 ""),
                                                 (lambda f: data.write_captions(f, ROWS), 0, "")])
 def test_exit_status(folder, capsys, monkeypatch, make, status, word):
     make(folder)
@@ -410,7 +414,7 @@ def test_exit_status(folder, capsys, monkeypatch, make, status, word):
 
 # ---- real images ----
 
-@real_data
+@real_images
 def test_the_near_duplicates_of_kvasir_are_found_and_no_others():
     records = [Record(p, p.name, []) for p in data.list_images(KVASIR)]
     pairs = [("cju30bmab08bi0835mvlr6e0r", "cju77k828z46w0871r0avuoo9"),
@@ -423,7 +427,7 @@ def test_the_near_duplicates_of_kvasir_are_found_and_no_others():
     assert abs(len(val) - 85) <= 1 and len(train) + len(val) == 850
 
 
-@real_data
+@real_images
 def test_the_real_prompts_read_as_a_captions_file(folder):
     with open(KVASIR.parent / "medvqa-gi-2024-prompts.csv", encoding="utf-8") as f:
         texts = [row["prompt"] for row in csv.DictReader(f)][:500]
@@ -441,7 +445,8 @@ def read_prompts(tmp_path, name, content):
 
 def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
     assert read_prompts(tmp_path, "p.txt", b"\xef\xbb\xbfone\r\n\r\n two \n") == ["one", "two"]
-    assert read_prompts(tmp_path, "p.csv", b'\xef\xbb\xbfFilename,Prompt\r\na,"one, or two"\r\n\r\nb,three\r\n') == \
+    assert read_prompts(tmp_path, "p.csv",
+                        b'\xef\xbb\xbfFilename,Prompt\r\na,"one, or two"\r\n\r\nb,three\r\n') == \
         ["one, or two", "three"]
 
 
@@ -449,7 +454,8 @@ def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
     (b"", "row 1: expected a column prompt or text or caption, got ''"),
     (b"Name;Filename\nx;y\n", "row 1: expected a column prompt or text or caption, got 'Name;Filename'"),
     (b"Filename,Prompt\na,x\nb\n", "row 3: expected 2 fields"),
-    (b"Prompt\nin the upper-left, center\n", "row 2: expected 1 field, got 2; a prompt that holds a ',' must be quoted"),
+    (b"Prompt\nin the upper-left, center\n",
+     "row 2: expected 1 field, got 2; a prompt that holds a ',' must be quoted"),
     (b"Filename,Prompt\na,\n", "row 2: the prompt is empty"),
     (b"Prompt\n\xff\n", "not UTF-8"),
 ])

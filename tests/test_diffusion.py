@@ -35,6 +35,13 @@ def test_a_schedule_falls_from_almost_one_towards_zero(name):
     assert (a[1:] < a[:-1]).all() and a[0] > 0.99 and 0 < a[-1] < 0.01
 
 
+@pytest.mark.parametrize("name, ends, first, last", [
+    ("linear", (1e-4, 0.02), 0.9999, 4.0358e-5), ("scaled_linear", (0.002, 0.02), 0.998, 7.4702e-5)])
+def test_the_ends_of_the_published_schedules(name, ends, first, last):
+    a = schedule(name, 1000, *ends)
+    assert a[0].item() == pytest.approx(first, rel=1e-12) and a[-1].item() == pytest.approx(last, rel=1e-5)
+
+
 def test_cosine_betas_are_capped():
     a = schedule("cosine", 50)
     assert (1 - a[-1] / a[-2]).item() == pytest.approx(0.999)
@@ -50,7 +57,8 @@ def test_spacings_of_table_2():
     assert timesteps(1000, 1).tolist() == timesteps(1000, 1, "linspace").tolist() == [999]
 
 
-@given(T=st.integers(1, 1000), steps=st.integers(1, 1000), spacing=st.sampled_from(["trailing", "leading", "linspace"]))
+@given(T=st.integers(1, 1000), steps=st.integers(1, 1000),
+       spacing=st.sampled_from(["trailing", "leading", "linspace"]))
 @settings(max_examples=50, deadline=None)
 def test_times_descend_and_stay_inside(T, steps, spacing):
     if steps > T:
@@ -82,6 +90,38 @@ def test_a_point_mass_is_recovered_exactly(solver, steps):
     torch.testing.assert_close(out, x_0)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("steps", [2, 5, 50])
+def test_a_point_mass_keeps_its_noise_on_the_way(solver, steps):
+    """The last step lands on x_0 whatever came before it; this is about those before."""
+    x_0, eps = torch.full((2, 4, 8, 8), 0.3, dtype=torch.float64), fresh_noise((2, 4, 8, 8))()
+    times, visited = timesteps(1000, steps), []
+
+    def denoise(x_t, t):
+        visited.append((x_t, ALPHA_BAR[t]))
+        return x_0, None
+
+    SOLVERS[solver](denoise, q_sample(x_0, ALPHA_BAR[times[0]], eps), ALPHA_BAR, times, None)
+    assert len(visited) == steps
+    for x_t, a_t in visited:
+        torch.testing.assert_close(x_t, a_t.sqrt() * x_0 + (1 - a_t).sqrt() * eps)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 50])
+def test_ancestral_sampling_of_a_point_mass_has_the_variance_of_every_level(steps):
+    x_0, noise = torch.full((20_000,), 0.3, dtype=torch.float64), fresh_noise((20_000,))
+    times, visited = timesteps(1000, steps), []
+
+    def denoise(x_t, t):
+        visited.append((x_t, ALPHA_BAR[t]))
+        return x_0, None
+
+    diffusion.ddpm(denoise, q_sample(x_0, ALPHA_BAR[times[0]], noise()), ALPHA_BAR, times, noise)
+    for x_t, a_t in visited:
+        assert x_t.mean().item() == pytest.approx(0.3 * a_t.sqrt().item(), abs=0.03)
+        assert x_t.var().item() == pytest.approx(1 - a_t.item(), rel=0.05)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_gaussian_keeps_its_mean_and_variance(solver):
     noise = fresh_noise((20_000,))
@@ -91,9 +131,10 @@ def test_a_gaussian_keeps_its_mean_and_variance(solver):
 
 
 def ode_error(solver, steps, T=100_000):
-    """Distance to the exact solution of the probability-flow ODE for Gaussian data, where x_t scales with its own deviation."""
+    """Distance to the exact flow (an ODE) of Gaussian data, where x_t scales with its own deviation."""
     alpha_bar, std, x_T = schedule("linear", T, 1e-6, 2e-4), 0.5, torch.tensor([1.3], dtype=torch.float64)
-    times = torch.linspace(0.9 * T, 0.2 * T, steps + 1, dtype=torch.float64).round().long()  # the last one only ends the path
+    times = torch.linspace(0.9 * T, 0.2 * T, steps + 1,
+                           dtype=torch.float64).round().long()  # the last one only ends the path
     seen = []
 
     def denoise(x_t, t):
@@ -113,11 +154,46 @@ def test_order_of_convergence_on_a_gaussian(solver, order):
     assert measured[-1] == pytest.approx(order, abs=0.35), (errors, measured)
 
 
+def algorithm_2(x_theta, x_T, alpha, sigma, times):
+    """DPM-Solver++(2M) as arXiv:2211.01095 prints it: the x at all of its times t_0 > ... > t_M."""
+    lambda_ = (alpha / sigma).log()
+    t, M = times.tolist(), len(times) - 1
+    h = [None, *(lambda_[t[i]] - lambda_[t[i - 1]] for i in range(1, M + 1))]
+    x, Q = [x_T], [x_theta(x_T, t[0])]
+    for i in range(1, M + 1):
+        if i == 1:
+            D = Q[0]
+        else:
+            r = h[i - 1] / h[i]
+            D = (1 + 1 / (2 * r)) * Q[i - 1] - 1 / (2 * r) * Q[i - 2]
+        x.append(sigma[t[i]] / sigma[t[i - 1]] * x[i - 1] - alpha[t[i]] * ((-h[i]).exp() - 1) * D)
+        Q.append(x_theta(x[i], t[i]))
+    return x, Q[-1]
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_dpmpp_is_algorithm_2_at_every_step(spacing, steps):
+    def x_theta(x_t, t):  # any function of x and t does
+        return torch.tanh(1.5 * x_t + t / 700) - 0.2
+
+    def denoise(x_t, t):
+        visited.append(x_t)
+        return x_theta(x_t, t), None
+
+    visited, x_T, times = [], fresh_noise((64,))(), timesteps(1000, steps, spacing)
+    out = diffusion.dpmpp(denoise, x_T, ALPHA_BAR, times)
+    expected, last_estimate = algorithm_2(x_theta, x_T, ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt(), times)
+    torch.testing.assert_close(visited, expected)
+    torch.testing.assert_close(out, last_estimate)  # behind the last time sigma is 0
+
+
 def test_ddim_converges_to_a_fine_reference():
     x_T = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     denoise = gaussian(0.2, 0.4, ALPHA_BAR)
     fine = diffusion.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, 1000))
-    errors = [(diffusion.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, n)) - fine).abs().max().item() for n in (10, 50, 250)]
+    errors = [(diffusion.ddim(denoise, x_T, ALPHA_BAR, timesteps(1000, n)) - fine).abs().max().item()
+              for n in (10, 50, 250)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
@@ -134,6 +210,15 @@ def test_learned_variance_is_used():
 
 
 # predictions, guidance, seeds
+
+
+def test_v_is_the_noise_at_alpha_bar_one_and_the_negative_image_at_zero():
+    x_0, eps = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    for a, v in ((1.0, eps), (0.0, -x_0)):
+        a = torch.tensor(a, dtype=torch.float64)
+        torch.testing.assert_close(diffusion.target("v", x_0, a, eps), v)
+    torch.testing.assert_close(to_x_0("v", -x_0, eps, a), x_0)
+    torch.testing.assert_close(diffusion.target("v", x_0, a + 0.36, eps), 0.6 * eps - 0.8 * x_0)
 
 
 def test_eps_and_v_give_back_x_0():
@@ -161,7 +246,7 @@ def test_guidance_is_the_formula_and_doubles_everything():
     self_cond = torch.randn(3, 2, 4, 4)
     out, cond = guided(net, (text, mask), (null, mask), 3.0)(x_t, torch.zeros(3, dtype=torch.long), self_cond)
     torch.testing.assert_close(cond, 2.0 + self_cond)
-    torch.testing.assert_close(out, 0.5 + 3.0 * (2.0 - 0.5) + self_cond)  # the estimate reached both halves, or this would differ
+    torch.testing.assert_close(out, 0.5 + 3.0 * (2.0 - 0.5) + self_cond)  # the estimate is in both halves
     assert len(net.calls) == 1
     assert all(len(part) == 6 for part in net.calls[0])
 
@@ -190,7 +275,8 @@ def test_a_seeds_noise_does_not_depend_on_its_neighbours():
     for _ in range(3):
         assert torch.equal(together(3, 2, 3)[1], alone(1, 2, 3)[0])
     twice = seeded_noise([7, 8, 9])(6, 2)  # each generator gives two rows
-    assert len({tuple(row.tolist()) for row in twice}) == 6 and torch.equal(twice[[1, 4]], seeded_noise([8])(2, 2))
+    assert len({tuple(row.tolist()) for row in twice}) == 6 and torch.equal(twice[[1, 4]],
+                                                                            seeded_noise([8])(2, 2))
 
 
 def test_an_unknown_prediction_is_refused():
@@ -204,7 +290,8 @@ def test_a_schedule_that_ends_in_pure_noise_can_be_sampled():
     alpha_bar = ALPHA_BAR.clone()
     alpha_bar[-1] = 0.0
     for solver in SOLVERS.values():
-        out = solver(gaussian(0.5, 0.7, alpha_bar), torch.ones(3, dtype=torch.float64), alpha_bar, timesteps(1000, 5),
+        out = solver(gaussian(0.5, 0.7, alpha_bar), torch.ones(3, dtype=torch.float64), alpha_bar,
+                     timesteps(1000, 5),
                      lambda: torch.zeros(3, dtype=torch.float64))
         assert out.isfinite().all()
 

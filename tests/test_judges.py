@@ -1,4 +1,4 @@
-"""judges.py on pictures drawn here: a bright disc is a polyp, a green square in the lower left is the box."""
+"""judges.py on toy images: a bright disc is a polyp, a green square in the lower left is the box."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from files import save_safetensors
 SIDE = 32
 
 
-def picture(rng, polyp, box):
+def toy_image(rng, polyp, box):
     img = np.kron(rng.normal(90, 20, (4, 4, 3)), np.ones((8, 8, 1)))    # patches, by which a copy is known
     if polyp:
         y, x = np.mgrid[:SIDE, :SIDE]
@@ -32,13 +32,14 @@ def picture(rng, polyp, box):
 
 
 def write_folder(folder, rng, n, captions="prompt-gt.csv"):
-    """n pictures with two prompts each, or one where they stand for generated ones."""
+    """n images with two prompts each, or one where they stand for generated ones."""
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(n):
         polyp, box = rng.random(2) < 0.5
-        data.write_image(folder / "images" / f"{i:06d}.png", picture(rng, polyp, box))
-        said = [prompts.write({"contains": ["polyp"]} if polyp else {"n_polyps": 0}), prompts.write({"box": bool(box)})]
+        data.write_image(folder / "images" / f"{i:06d}.png", toy_image(rng, polyp, box))
+        said = [prompts.write({"contains": ["polyp"]} if polyp else {"n_polyps": 0}),
+                prompts.write({"box": bool(box)})]
         rows += [(p, f"{i:06d}.png") for p in (said if captions == "prompt-gt.csv" else [said[i % 2]])]
     write_rows(folder / captions, rows)
     return folder
@@ -46,12 +47,13 @@ def write_folder(folder, rng, n, captions="prompt-gt.csv"):
 
 def write_rows(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, delimiter=";" if path.name == "prompt-gt.csv" else ",").writerows([("Prompt", "Filename"), *rows])
+        csv.writer(f, delimiter=";" if path.name == "prompt-gt.csv"
+                   else ",").writerows([("Prompt", "Filename"), *rows])
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Real pictures, other real pictures, and true pictures that stand for generated ones."""
+    """Real images, other real images, and true images that stand for generated ones."""
     root, rng = tmp_path_factory.mktemp("toy"), np.random.default_rng(0)
     write_folder(root / "real", rng, 240)
     write_folder(root / "other", rng, 100)
@@ -71,13 +73,13 @@ def faithfulness(toy, fake):
     return {row["asked for"]: row for row in table["summary"]}, table
 
 
-def test_true_pictures_score_as_the_classifier_does(toy, capsys):
+def test_true_images_score_as_the_classifier_does(toy, capsys):
     rows, table = faithfulness(toy, toy / "fake")
     assert table["n_train"] == 240 and table["n_held_out"] == 100 and table["n_fake"] == 100
     assert rows["with / without the box"]["n"] == 50
     for name in ("no polyps", "a polyp", "with / without the box"):
         row = rows[name]
-        assert row["accuracy"] > 0.9 and abs(row["share"] - row["seen"]) < 0.15
+        assert row["accuracy"] > 0.9 and abs(row["share"] - row["sensitivity"]) < 0.15
         assert row["low"] <= row["share"] <= row["high"]
         assert 0.4 < row["chance"] < 0.6
     said = capsys.readouterr().out
@@ -118,7 +120,8 @@ def test_a_file_of_another_kind_is_not_a_classifier(toy, tmp_path):
         run("faithfulness", real=toy / "real", fake=toy / "fake", classifier=file)
 
 
-@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0),
+@pytest.mark.parametrize("k, n, low, high",
+                         [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0),
                                              (18, 20, 0.6990, 0.9721)])
 def test_wilson_interval(k, n, low, high):
     assert judges.wilson(k, n) == pytest.approx((low, high), abs=1e-4)
@@ -133,7 +136,8 @@ def known(row, attribute):
 
 
 def test_what_no_prompt_speaks_of_is_unknown():
-    said = "Generate an image containing a polyp.", "Generate an image with an an abnormality located in the center."
+    said = ("Generate an image containing a polyp.",
+            "Generate an image with an an abnormality located in the center.")
     row = classifier.truth_row(classifier.merge([prompts.parse(p) for p in said]))
     assert known(row, "polyp") == {"no polyps": 0, "a polyp": 1}
     assert known(row, "place") == {c: int(c == "center") for c in prompts.CELLS}
@@ -150,8 +154,9 @@ def test_no_polyps_have_no_size():
 
 def test_a_drawing_tells_everything():
     polyp = {"cells": ["center", "center-left"], "size": "5-10mm", "paris": "ip", "colors": ["red"]}
-    line = {"procedure": "gastroscopy", "polyps": [polyp, polyp], "instruments": [], "box": True, "text": False}
-    row = classifier.truth_row(classifier.from_drawing(line))
+    line = {"procedure": "gastroscopy", "polyps": [polyp, polyp], "instruments": [], "box": True,
+            "text": False}
+    row = classifier.truth_row(classifier.from_line(line))
     assert UNKNOWN not in row
     shown = {pair for pair, y in zip(VALUES, row, strict=True) if y}
     assert shown == {("polyp", "a polyp"), ("count", "2"), ("place", "center"), ("place", "center-left"),
@@ -178,13 +183,13 @@ def test_unknown_labels_do_not_count_in_the_loss():
     ({"box": False, "text": True}, [("box", "without"), ("text", "with")]),
     ({"landmark_cells": ["center"]}, []),
 ])
-def test_asked(attributes, pairs):
-    assert judges.asked(attributes) == pairs
-    assert judges.asked({}) == []
+def test_requested(attributes, pairs):
+    assert judges.requested(attributes) == pairs
+    assert judges.requested({}) == []
 
 
-def test_report_on_perfect_and_on_blind_pictures():
-    """Two values, half of the pictures each: those that obey score 1, those that show the same always score 1/2."""
+def test_report_on_perfect_and_on_blind_images():
+    """Two values, half of the images each: those that obey score 1, those of one value always 1/2."""
     box = SLICE["box"]
     labels = torch.full((200, len(VALUES)), UNKNOWN, dtype=torch.int8)
     labels[:, box] = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8).repeat(100, 1)
@@ -196,7 +201,7 @@ def test_report_on_perfect_and_on_blind_pictures():
         rows, summary, rare = judges.report(shown, wanted, labels, wanted, labels)
         assert len(rows) == 2 and len(summary) == 1 and not rare
         assert summary[0]["share"] == expected and summary[0]["n"] == 200
-        assert summary[0]["chance"] == summary[0]["accuracy"] / 2 == summary[0]["seen"] / 2 == 0.5
+        assert summary[0]["chance"] == summary[0]["accuracy"] / 2 == summary[0]["sensitivity"] / 2 == 0.5
     labels[4:, box] = UNKNOWN
     assert judges.report(wanted, wanted, labels, wanted, labels)[2] == ["box without", "box with"]
 
@@ -205,10 +210,11 @@ def test_evaluation_prompts_ask_for_one_value_each(tmp_path):
     judges.main(["prompts", "--out", str(tmp_path / "prompts.csv"), "--per-value", "3"])
     with open(tmp_path / "prompts.csv", encoding="utf-8", newline="") as f:
         said = [row["Prompt"] for row in csv.DictReader(f)]
-    pairs = [judges.asked(prompts.parse(p)) for p in said]
+    pairs = [judges.requested(prompts.parse(p)) for p in said]
     assert all(len(p) == 1 for p in pairs)
     assert len(said) == 3 * len({p[0] for p in pairs})
-    some = {("polyp", "no polyps"), ("count", "3"), ("place", "lower-right"), ("size", "< 5mm"), ("box", "without")}
+    some = {("polyp", "no polyps"), ("count", "3"), ("place", "lower-right"), ("size", "< 5mm"),
+            ("box", "without")}
     assert some <= {p[0] for p in pairs}
 
 
@@ -222,12 +228,14 @@ def test_the_features_and_logits_do_not_depend_on_the_batch():
 
 # Usefulness
 
-def test_true_pictures_are_as_useful_as_real_ones(toy, tmp_path):
-    run("usefulness", real=toy / "real", held_out=toy / "other", fake=toy / "fake", json=tmp_path / "table.json")
+def test_true_images_are_as_useful_as_real_ones(toy, tmp_path):
+    run("usefulness", real=toy / "real", held_out=toy / "other", fake=toy / "fake",
+        json=tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())
     rows = {row["attribute"]: row for row in table["attributes"]}
     assert set(rows) == {"polyp", "box"} and table["n_train"] == 100
-    assert all(row[name] > 0.8 for row in rows.values() for name in ("real-train", "GAN-train", "real-test", "GAN-test"))
+    assert all(row[name] > 0.8 for row in rows.values()
+               for name in ("real-train", "GAN-train", "real-test", "GAN-test"))
 
 
 def test_balanced_accuracy():
@@ -244,7 +252,7 @@ def test_balanced_accuracy():
 
 @pytest.fixture(scope="module")
 def copies(toy):
-    """Altered copies of training pictures, as a folder of generated ones."""
+    """Altered copies of training images, as a folder of generated ones."""
     images, train = data.load_images(data.read_folder(toy / "real")[:60], SIDE)
     altered = classifier.augment(images, torch.Generator().manual_seed(7)).round().clamp(0, 255).byte()
     for img, record in zip(altered, train, strict=True):
@@ -259,7 +267,7 @@ def memorisation(toy, fake, **more):
     return json.loads((toy / "memory.json").read_text())
 
 
-def test_copies_are_flagged_and_other_pictures_are_not(toy, copies, capsys):
+def test_copies_are_flagged_and_other_images_are_not(toy, copies, capsys):
     found = memorisation(toy, copies)
     assert found["flagged"] and found["rows"][0]["too close"] > 0.5
     assert all(p["generated"] == p["training"] for p in found["pairs"][:5])
@@ -279,7 +287,7 @@ def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
     assert found["verdict"].startswith("SUSPICIOUS") and not found["flagged"]
 
 
-def test_held_out_pictures_that_were_trained_on_are_refused(toy):
+def test_held_out_images_that_were_trained_on_are_refused(toy):
     with pytest.raises(BadInput, match="the same"):
         run("memorisation", train=toy / "real", held_out=toy / "real", fake=toy / "fake")
 

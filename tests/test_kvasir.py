@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers import KVASIR, image, real_images
 from PIL import Image
-from test_data import KVASIR, picture, real_data
 
 import data
 import kvasir
@@ -21,10 +21,10 @@ def test_polyps_and_their_cells():
     assert kvasir.polyps_in(mask) == []
     disc(mask, 50, 50, 30)
     disc(mask, 200, 150, 40)                   # on the border between center and center-right
-    mask[290:294, 290:294] = True              # a speck: 0.02 % of the picture
+    mask[290:294, 290:294] = True              # a speck: 0.02 % of the image
     assert kvasir.polyps_in(mask) == [["upper-left"], ["center", "center-right"]]
     mask[:] = True
-    assert kvasir.polyps_in(mask) == [list(prompts.CELLS)]          # a ninth each: none reaches 20 %, all are the fullest
+    assert kvasir.polyps_in(mask) == [list(prompts.CELLS)]     # a ninth each: below 20 %, all are fullest
 
 
 def scene(box=None):
@@ -40,15 +40,18 @@ def scene(box=None):
 
 
 def test_box_is_seen_black_or_green_and_only_there():
-    assert not kvasir.has_box(scene()) and kvasir.has_box(scene((0, 0, 0))) and kvasir.has_box(scene((40, 190, 160)))
+    assert not kvasir.has_box(scene()) and kvasir.has_box(scene((0, 0, 0))) and kvasir.has_box(scene((40, 190,
+                                                                                                      160)))
     assert not kvasir.has_box(scene((0, 0, 0)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    assert not kvasir.has_box(Image.new("RGB", (64, 64))) and not kvasir.has_box(Image.new("RGB", (64, 64), (190, 110, 90)))
+    assert not kvasir.has_box(Image.new("RGB", (64, 64))) and not kvasir.has_box(Image.new("RGB", (64, 64),
+                                                                                           (190, 110, 90)))
 
 
 def kvasir_folder(folder):
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
-    for name, discs, box in (("one", [(60, 60, 30)], None), ("two", [(60, 60, 30), (300, 150, 40)], (0, 0, 0)),
+    for name, discs, box in (("one", [(60, 60, 30)], None),
+                             ("two", [(60, 60, 30), (300, 150, 40)], (0, 0, 0)),
                              ("none", [], None)):
         mask = np.zeros((300, 360), bool)
         for d in discs:
@@ -63,9 +66,11 @@ def test_kvasir_prompts_are_true_by_the_mask(tmp_path):
     assert kvasir.main(["seg", "--src", str(src), "--out", str(out)]) is None
     records = {r.path.stem: [prompts.parse(p) for p in r.prompts] for r in data.read_folder(out)}
     common = {"procedure": "colonoscopy"}
-    assert records["one"] == [{"contains": ["polyp"]}, {"n_polyps": 1}, {"n_findings": 1}, common, {"box": False},
+    assert records["one"] == [{"contains": ["polyp"]}, {"n_polyps": 1}, {"n_findings": 1}, common,
+                              {"box": False},
                               {"abnormality_cells": ["upper-left"]}]
-    assert records["two"] == [{"contains": ["polyp"]}, {"n_polyps": 2}, {"n_findings": 2}, common, {"box": True},
+    assert records["two"] == [{"contains": ["polyp"]}, {"n_polyps": 2}, {"n_findings": 2}, common,
+                              {"box": True},
                               {"abnormality_cells": ["upper-left", "center-right"]}]
     assert records["none"] == [{"n_polyps": 0}, {"n_findings": 0}, common, {"box": False}]
     for path in data.list_images(src):
@@ -83,7 +88,7 @@ def test_kvasir_refuses_before_it_writes(tmp_path):
     with pytest.raises(BadInput, match="no mask for 1 of 3 images one.jpg"):
         kvasir.main(command)
     Image.new("RGB", (5, 5)).save(src / "masks" / "one.jpg")
-    with pytest.raises(BadInput, match="expected the size of its picture"):
+    with pytest.raises(BadInput, match="expected the size of its image"):
         kvasir.main(command)
     (src / "masks" / "one.jpg").write_bytes(b"")
     with pytest.raises(BadInput, match="one.jpg: the file is empty"):
@@ -93,24 +98,23 @@ def test_kvasir_refuses_before_it_writes(tmp_path):
         kvasir.main([*command[:-1], str(src)])
     (tmp_path / "mask").rename(src / "masks" / "one.jpg")
     (out / "images").mkdir(parents=True)
-    picture().save(out / "images" / "stranger.png")
+    image().save(out / "images" / "stranger.png")
     with pytest.raises(BadInput, match="1 images that are not from"):
         kvasir.main(command)
     assert [p.name for p in out.rglob("*.*")] == ["stranger.png"]
 
 
-@real_data
-@pytest.mark.parametrize("name, polyps, cells, box", [
-    ("cju414lf2l1lt0801rl3hjllj", 4, None, None),                          # four components
-    ("cju15jr8jz8sb0855ukmkswkz", 1, None, None),                          # one and a speck
-    ("cju16fpvhzypl0799p9phnlx6", 1, None, True),                          # black box
-    ("ck2bxqz3evvg20794iiyv5v2m", 1, None, True),                          # green box
-    ("cju3uhb79gcgr0871orbrbi3x", 10, None, None),
-    ("cju0tl3uz8blh0993wxvn7ly3", 1, None, False),
-])
-def test_real_masks(name, polyps, cells, box):
-    said = {}
-    for prompt in kvasir.true_prompts(KVASIR / "images" / f"{name}.jpg", KVASIR / "masks" / f"{name}.jpg"):
-        said |= prompts.parse(prompt)
-    assert said["n_polyps"] == said["n_findings"] == polyps and said["abnormality_cells"]
-    assert box is None or said["box"] == box
+@real_images
+def test_real_masks():
+    for name, polyps, box in (("cju414lf2l1lt0801rl3hjllj", 4, None),      # four components
+                              ("cju15jr8jz8sb0855ukmkswkz", 1, None),      # one and a speck
+                              ("cju16fpvhzypl0799p9phnlx6", 1, True),      # black box
+                              ("ck2bxqz3evvg20794iiyv5v2m", 1, True),      # green box
+                              ("cju3uhb79gcgr0871orbrbi3x", 10, None),
+                              ("cju0tl3uz8blh0993wxvn7ly3", 1, False)):
+        found = {}
+        for prompt in kvasir.true_prompts(KVASIR / "images" / f"{name}.jpg",
+                                          KVASIR / "masks" / f"{name}.jpg"):
+            found |= prompts.parse(prompt)
+        assert found["n_polyps"] == found["n_findings"] == polyps and found["abnormality_cells"], name
+        assert box is None or found["box"] == box, name

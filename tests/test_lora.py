@@ -59,7 +59,8 @@ def disturb(net):
 def test_a_fresh_adapter_is_the_base_exactly(net, variant):
     base = net(X)
     names = lora.inject(net, lora.LoRAConfig(rank=3, alpha=5, **variant))
-    assert names == [f"blocks.{i}.attention.{t}" for i in (0, 1) for t in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert names == [f"blocks.{i}.attention.{t}" for i in (0, 1)
+                     for t in ("to_q", "to_k", "to_v", "to_out.0")]
     assert torch.equal(net(X), base)
 
 
@@ -81,7 +82,8 @@ def test_dora_rescales_each_output_and_its_norm_gets_no_gradient():
     weight = base.weight + layer.lora_B @ layer.lora_A
     expected = X @ ((layer.magnitude / weight.norm(dim=1).detach())[:, None] * weight).T + base.bias
     torch.testing.assert_close(layer(X), expected)
-    grads = [torch.autograd.grad(y.square().sum(), [layer.lora_A, layer.lora_B, layer.magnitude], retain_graph=True)
+    grads = [torch.autograd.grad(y.square().sum(), [layer.lora_A, layer.lora_B, layer.magnitude],
+                                 retain_graph=True)
              for y in (layer(X), expected)]
     torch.testing.assert_close(grads[0], grads[1])
 
@@ -156,9 +158,11 @@ def test_the_folder_is_what_peft_writes(net, tmp_path):
     assert {k: tuple(v.shape) for k, v in tensors.items()} == {
         f"base_model.model.down_blocks.{i}.attn1.{t}.{end}": shape
         for i in (0, 1) for t in ("to_q", "to_k", "to_v", "to_out.0")
-        for end, shape in (("lora_A.weight", (3, 8)), ("lora_B.weight", (8, 3)), ("lora_magnitude_vector", (8,)))}
+        for end, shape in (("lora_A.weight", (3, 8)), ("lora_B.weight", (8, 3)),
+                           ("lora_magnitude_vector", (8,)))}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["use_dora"]) == ("LORA", 3, 5, True)
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["use_dora"]) == ("LORA", 3, 5,
+                                                                                            True)
     assert config["target_modules"] == ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -198,8 +202,10 @@ def test_works_on_the_meta_device():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda net: lora.LoRAConfig(rank=0, alpha=1), "rank: expected a whole number from 1, got 0"),
     (lambda net: lora.LoRAConfig(rank=2, alpha=1, targets="(("), "not a regular expression"),
-    (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("to_x",))), r"match no layer of Net: \('to_x',\)"),
-    (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("attn1",))), "not linear layers: blocks.0.attention"),
+    (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("to_x",))),
+     r"match no layer of Net: \('to_x',\)"),
+    (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("attn1",))),
+     "not linear layers: blocks.0.attention"),
     (lambda net: lora.save(net, "nowhere"), "carries no adapter"),
     (lambda net: lora.load(net, "nowhere"), "nowhere/adapter_config.json: no such file"),
 ])
@@ -225,7 +231,8 @@ def test_an_adapter_of_another_kind_is_refused_and_the_model_untouched(net, tmp_
     lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
     lora.save(net, tmp_path)
     lora.remove(net)
-    write_json(tmp_path / "adapter_config.json", json.loads((tmp_path / "adapter_config.json").read_text()) | change)
+    write_json(tmp_path / "adapter_config.json",
+               json.loads((tmp_path / "adapter_config.json").read_text()) | change)
     with pytest.raises(BadInput, match=message):
         lora.load(net, tmp_path)
     assert not lora.layers(net)

@@ -1,33 +1,25 @@
+from argparse import Namespace
+
 import pytest
 import torch
+from helpers import PROMPTS, image, tiny_msdm
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+import data
 import diffusion
 import msdm
 import text as texts
+import training
 from command import BadInput
 from files import save_safetensors
-from msdm import MSDM, Diffusion
+from msdm import MSDM
 from text import TextConfig, TextTransformer, learn_tokenizer
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
-
-PROMPTS = ["Generate an image with 2 polyps.", "Generate an image containing text.", "Generate an image with no polyps."]
 
 
-def model(**diffusion):
-    """A small model whose every layer answers."""
-    torch.manual_seed(0)
-    tokenizer, vocab = learn_tokenizer(PROMPTS, vocab=300)
-    text = TextTransformer(TextConfig(tokenizer, vocab, length=16, dim=32, n_layers=1, n_heads=2))
-    unet = UNet(UNetConfig(in_channels=4, channels=(32, 32, 32), time_dim=64, text_dim=32, n_heads=2, dropout=0.1))
-    vae = VAE(VAEConfig(channels=(8, 8, 8), latent_channels=4))
-    for p in [*unet.parameters(), *vae.parameters()]:
-        torch.nn.init.normal_(p, std=0.1)
-    return MSDM(unet, vae, text, Diffusion(**{"prediction": "v", "image_size": 32} | diffusion)).eval()
-
-
-def test_a_seeds_picture_does_not_depend_on_the_batch_size():
-    m = model()
+def test_a_seeds_image_does_not_depend_on_the_batch_size():
+    m = tiny_msdm()
     prompts = [PROMPTS[i % 3] for i in range(8)]
     together = m.sample(prompts, seed=5, steps=4, batch_size=8)
     alone = m.sample(prompts, seed=5, steps=4, batch_size=1)
@@ -37,19 +29,19 @@ def test_a_seeds_picture_does_not_depend_on_the_batch_size():
 
 
 def test_one_string_is_one_prompt():
-    m = model()
+    m = tiny_msdm()
     assert torch.equal(m.sample(PROMPTS[0], steps=2), m.sample([PROMPTS[0]], steps=2))
 
 
 @pytest.mark.parametrize("solver", diffusion.SOLVERS)
 def test_every_solver_samples_and_the_prompt_matters(solver):
-    m = model()
+    m = tiny_msdm()
     a, b = m.sample(PROMPTS[:1], steps=3, solver=solver), m.sample(PROMPTS[1:2], steps=3, solver=solver)
     assert not torch.equal(a, b)
 
 
 def test_guidance_of_one_is_no_guidance():
-    m, calls = model(), []
+    m, calls = tiny_msdm(), []
     m.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     m.sample(PROMPTS, steps=4, guidance=1.0, negative_prompt="ignored")
     assert calls == [3] * 4
@@ -59,21 +51,13 @@ def test_guidance_of_one_is_no_guidance():
 
 
 def test_the_negative_prompt_is_what_guidance_moves_away_from():
-    m = model()
+    m = tiny_msdm()
     assert torch.equal(m.sample(PROMPTS[:1], steps=3, guidance=3.0, negative_prompt=PROMPTS[0]),
                        m.sample(PROMPTS[:1], steps=3, guidance=1.0))
 
 
-def test_self_conditioning_changes_the_picture():
-    m = model()
-    with_estimate = m.sample(PROMPTS[:1], steps=4)
-    original = m.unet.forward
-    m.unet.forward = lambda x_t, t, text, mask, self_cond=None: original(x_t, t, text, mask, None)
-    assert not torch.equal(with_estimate, m.sample(PROMPTS[:1], steps=4))
-
-
 def test_a_checkpoint_gives_back_the_model(tmp_path):
-    m = model()
+    m = tiny_msdm()
     save_safetensors(tmp_path / "m.safetensors", m.tensors(), m.metadata())
     again = msdm.load(tmp_path / "m.safetensors")
     assert torch.equal(m.sample(PROMPTS, steps=3), again.sample(PROMPTS, steps=3))
@@ -91,31 +75,122 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         msdm.load(tmp_path / "absent.safetensors")
 
 
-def loss(m, prediction, self_cond=None, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def loss(m, self_cond=None, error="l2"):
+    g = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
     text, mask = m.text([*PROMPTS, ""])
-    return msdm.loss_fn(m.unet, x_0, text, mask, torch.tensor([0, 100, 500, 999]), eps, m.diffusion.alpha_bar().float(),
-                        m.diffusion, "l2", self_cond)
+    return msdm.loss_fn(m.unet, x_0, text, mask, torch.tensor([0, 100, 500, 999]), eps,
+                        m.diffusion.alpha_bar().float(),
+                        m.diffusion, error, self_cond)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_a_silent_network_has_the_loss_of_its_target(prediction):
-    m = model(prediction=prediction)
+    m, g = tiny_msdm(prediction=prediction), torch.Generator().manual_seed(0)
     for p in m.unet.parameters():
         torch.nn.init.zeros_(p)
-    assert loss(m, prediction).item() == pytest.approx(1.0, rel=0.1)  # eps and v both have unit variance
+    x_0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
+    a_t = m.diffusion.alpha_bar()[[0, 100, 500, 999]].view(4, 1, 1, 1)
+    target = {"eps": eps, "v": a_t.sqrt() * eps - (1 - a_t).sqrt() * x_0}[prediction]
+    assert loss(m).item() == pytest.approx(target.square().mean().item(), rel=1e-5)
+    assert loss(m, error="l1").item() == pytest.approx(target.abs().mean().item(), rel=1e-5)
 
 
 def test_self_conditioning_is_fed_where_it_was_drawn_and_carries_no_gradient():
-    m = model()
+    m = tiny_msdm()
     fed = []
     m.unet.register_forward_pre_hook(lambda module, args: fed.append(args[4] if len(args) > 4 else None))
-    loss(m, "v", torch.tensor([True, False, True, False])).backward()
+    loss(m, torch.tensor([True, False, True, False])).backward()
     assert len(fed) == 2 and fed[0] is None  # a first pass for the estimate, then the pass that learns
     estimate = fed[1]
     assert not estimate.requires_grad
     assert (estimate[1] == 0).all() and (estimate[3] == 0).all() and estimate[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_one_batch_overfits(prediction):
+    """Four latents. eps is fresh in every step and comes from x_t; v must come from the prompt: all share
+    their noise, and at the last time x_t is almost nothing else."""
+    m, g = tiny_msdm(prediction=prediction), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**vars(m.unet.config) | {"dropout": 0.0}))
+    x_0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(1, 4, 8, 8, generator=g).expand(4, 4, 8, 8)
+    alpha_bar = m.diffusion.alpha_bar().float()
+    t = {"eps": torch.tensor([700, 800, 900, 999]), "v": torch.tensor([999] * 4)}[prediction]
+    opt = torch.optim.Adam([*unet.parameters(), *m.text.parameters()], lr=2e-3)
+    losses = []
+    for _ in range(50):
+        if prediction == "eps":
+            eps = torch.randn(4, 4, 8, 8, generator=g)
+        text, mask = m.text([*PROMPTS, ""])
+        error = msdm.loss_fn(unet, x_0, text, mask, t, eps, alpha_bar, m.diffusion, "l2", None)
+        opt.zero_grad()
+        error.backward()
+        opt.step()
+        losses.append(error.item())
+    assert losses[0] > 0.8 and losses[-1] < 0.2, losses[::10]
+
+
+# What a training reads
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data/images").mkdir(parents=True)
+    for i in range(4):
+        image(i, 40, 32).save(tmp_path / f"data/images/{i}.png")
+    data.write_captions(tmp_path / "data", [(PROMPTS[i % 3], f"{i}.png") for i in range(4)])
+    return tmp_path / "data"
+
+
+def cached_latents(folder, m, out, jitter=0.0, views=1, crop="pad"):
+    args, world = Namespace(size=32, crop=crop, seed=3), training.start("cpu")
+    return msdm.latents_of(data.read_folder(folder), args, m.vae, ("vae", "data"), out, world, jitter, views)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("jitter, views", [(0.0, 1), (0.4, 3)])
+def test_a_cached_latent_is_the_vaes_own(folder, tmp_path, monkeypatch, jitter, views):
+    m = tiny_msdm()
+    latents, records = cached_latents(folder, m, tmp_path / "cache", jitter, views)
+    assert [r.name for r in records] == ["0.png", "1.png", "2.png", "3.png"] and latents.shape == (4, views,
+                                                                                                   8, 8, 8)
+    images = data.to_float(torch.stack([torch.from_numpy(data.preprocess(data.open_image(r.path), 32))
+                                        for r in records])
+                           .permute(0, 3, 1, 2))
+    for view in range(views):
+        g = torch.Generator().manual_seed(training.step_seed("view", 3, 0, view))
+        changed = data.augment(images, g, jitter) if jitter else images
+        fresh = torch.cat(m.vae.moments(changed), dim=1)
+        torch.testing.assert_close(latents[:, view].float(), fresh, atol=1e-3, rtol=1e-3)  # kept as float16
+    monkeypatch.setattr(msdm, "encode_latents", None)  # would be an error to call
+    again, _ = cached_latents(folder, m, tmp_path / "cache", jitter, views)
+    assert torch.equal(again, latents)
+
+
+def test_latents_of_other_settings_have_a_file_of_their_own(folder, tmp_path):
+    m, settings = tiny_msdm(), [{}, {"jitter": 0.4}, {"jitter": 0.2}, {"jitter": 0.4, "views": 2},
+                                {"crop": "center"}]
+    for n, changed in enumerate(settings, 1):
+        cached_latents(folder, m, tmp_path / "cache", **changed)
+        assert len(list((tmp_path / "cache").iterdir())) == n, changed
+    cached_latents(folder, m, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(settings)
+
+
+def test_validation_twice_is_one_number(folder, tmp_path):
+    m = tiny_msdm()
+    latents, records = cached_latents(folder, m, tmp_path / "cache")
+    captions = msdm.CaptionSampler(records, records, m.text, 1, 0.2)
+    objective = msdm.Objective(m, latents, captions, Namespace(loss="l2"))
+    first = training.validate(objective.loss, objective.held_out(latents, records), 2)
+    torch.rand(1)  # what is drawn between two validations plays no part
+    assert training.validate(objective.loss, objective.held_out(latents, records), 2) == first > 0
+    assert training.validate(objective.loss, objective.held_out(latents, records),
+                             3) == pytest.approx(first, rel=1e-5)
+
+
+# Text
 
 
 def test_the_tokenizer_knows_its_words_and_survives_others():
@@ -127,10 +202,9 @@ def test_the_tokenizer_knows_its_words_and_survives_others():
 
 
 def test_a_place_a_number_with_its_noun_and_a_size_are_one_token_each():
-    from tokenizers import Tokenizer
-
     prompts = ["Generate an image with an an abnormality located in the upper-left, center and lower-left.",
-               "Generate an image with 2 polyps.", "Generate an image with no instruments. Generate an image with 1 finding.",
+               "Generate an image with 2 polyps.",
+               "Generate an image with no instruments. Generate an image with 1 finding.",
                "Generate a polyp of size >20mm, < 5mm and 5-10mm.", "Generate an image not containing text."]
     tokenizer = Tokenizer.from_str(learn_tokenizer(prompts, vocab=500)[0])
     words = [[t.replace("\u0120", " ").strip() for t in tokenizer.encode(p).tokens[1:-1]] for p in prompts]
@@ -149,27 +223,27 @@ def test_words_are_heard_by_their_distance():
 
 
 def test_text_states_do_not_depend_on_the_batch():
-    m = model()
+    m = tiny_msdm()
     torch.testing.assert_close(m.text(PROMPTS)[0][0], m.text(PROMPTS[:1])[0][0])
 
 
 def test_a_frozen_clip_encoder_from_a_folder(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    words = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>", *["generate", "an", "image", "with", "2", "polyps", "."]])}
+    words = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>",
+                                         *["generate", "an", "image", "with", "2", "polyps", "."]])}
     tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
                             unk_token="<unk>").save_pretrained(tmp_path)
-    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                 num_attention_heads=2, max_position_embeddings=77, bos_token_id=0, eos_token_id=1,
+    CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64,
+                                 num_hidden_layers=1,
+                                 num_attention_heads=2, max_position_embeddings=77, bos_token_id=0,
+                                 eos_token_id=1,
                                  pad_token_id=1)).save_pretrained(tmp_path)
     text = texts.FrozenCLIP(str(tmp_path))
     states, mask = text(["generate an image", "polyps"])
     assert states.shape == (2, 64, 32) and mask.sum(dim=1).tolist() == [3, 1]
     assert not any(p.requires_grad for p in text.parameters())
-    m = model()
+    m = tiny_msdm()
     frozen = MSDM(UNet(UNetConfig(**vars(m.unet.config) | {"text_dim": 32})), m.vae, text, m.diffusion)
     assert not any(k.startswith("text.") for k in frozen.tensors())
     assert frozen.metadata()["text"] == {"name": str(tmp_path), "length": 64}

@@ -1,4 +1,4 @@
-"""Phantoms: the same picture from the same numbers, a data folder, and pictures that show what they say."""
+"""Phantoms: the same image from the same numbers, a data folder, and images that show what prompts state."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ SCENES = [phantom.draw_scene(7, i) for i in range(150)]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [phantom.render(scene, 64) for scene in SCENES[:60]]
 
 
@@ -48,7 +48,8 @@ def test_a_scene_depends_on_seed_and_index_only():
 
 def test_64_and_256_px_show_the_same_scene():
     for scene in SCENES[:8]:
-        large = np.asarray(Image.fromarray(phantom.render(scene, 256)).resize((64, 64), Image.Resampling.BOX), float)
+        large = np.asarray(Image.fromarray(phantom.render(scene, 256)).resize((64, 64), Image.Resampling.BOX),
+                           float)
         assert np.abs(large - phantom.render(scene, 64)).mean() < 2.5
 
 
@@ -62,21 +63,25 @@ def test_attributes_are_spread_as_the_docstring_says():
     assert 0.65 < np.mean([s["procedure"] == "colonoscopy" for s in scenes]) < 0.85
     polyps = [p for s in scenes for p in s["polyps"]]
     assert set(Counter(c for p in polyps for c in p["cells"])) == set(prompts.CELLS)
-    assert {p["size"] for p in polyps} == set(prompts.SIZES) and {p["paris"] for p in polyps} == set(prompts.PARIS)
+    assert {p["size"] for p in polyps} == set(prompts.SIZES) and {p["paris"]
+                                                                  for p in polyps} == set(prompts.PARIS)
     assert {c for p in polyps for c in p["colors"]} == set(phantom.COLORS) <= set(prompts.COLORS)
     assert np.mean([len(p["cells"]) == 1 for p in polyps]) > 0.9
 
 
 def test_size_classes_do_not_overlap():
-    radii = {size: [p["radius"] for s in SCENES for p in s["polyps"] if p["size"] == size] for size in prompts.SIZES}
+    radii = {size: [p["radius"] for s in SCENES for p in s["polyps"] if p["size"] == size]
+             for size in prompts.SIZES}
     for small, large in zip(prompts.SIZES, prompts.SIZES[1:], strict=False):
         assert 1.2 * max(radii[small]) < min(radii[large])
 
 
 def test_a_polyp_covers_a_cell_with_30_percent_of_its_visible_area():
-    assert phantom.cells_covered(np.array([0.1] * 7 + [0.5] * 3), np.full(10, 0.1)) == ["upper-left", "upper-center"]
+    assert phantom.cells_covered(np.array([0.1] * 7 + [0.5] * 3), np.full(10, 0.1)) == ["upper-left",
+                                                                                        "upper-center"]
     assert phantom.cells_covered(np.array([0.1] * 8 + [0.5] * 2), np.full(10, 0.9)) == ["lower-left"]
-    assert phantom.cells_covered(np.linspace(0, 0.99, 9), np.full(9, 0.5)) == ["center-left", "center", "center-right"]
+    assert phantom.cells_covered(np.linspace(0, 0.99, 9), np.full(9, 0.5)) == ["center-left", "center",
+                                                                               "center-right"]
     spread = np.array([0.1, 0.5, 0.9, 0.1, 0.5, 0.1]), np.array([0.1, 0.1, 0.1, 0.5, 0.5, 0.5])
     assert phantom.cells_covered(*spread) == ["center-left"]                    # the fullest
 
@@ -96,14 +101,14 @@ def test_polyps_touch_neither_each_other_nor_instruments_and_are_hardly_hidden()
 
 # ---------------------------------------------------------------- pixels
 
-def test_the_middle_of_a_polyp_has_its_color(pictures):
+def test_the_middle_of_a_polyp_has_its_color(images):
     """At the middle, or on both halves; the light changes brightness, so directions are compared."""
     def chroma(color):
         color = np.asarray(color) - 0.25 * np.mean(color)
         return color / np.linalg.norm(color)
 
     right = []
-    for scene, img in zip(SCENES, pictures, strict=False):
+    for scene, img in zip(SCENES, images, strict=False):
         for polyp in scene["polyps"]:
             step = 0.5 * polyp["radius"] if len(polyp["colors"]) == 2 else 0.0
             for name, side in zip(polyp["colors"], (-step, step), strict=False):
@@ -114,8 +119,8 @@ def test_the_middle_of_a_polyp_has_its_color(pictures):
     assert len(right) > 60 and np.mean(right) > 0.9
 
 
-def test_the_box_is_there_when_it_is_said_to_be(pictures):
-    for scene, img in zip(SCENES, pictures, strict=False):
+def test_the_box_is_there_when_it_is_said_to_be(images):
+    for scene, img in zip(SCENES, images, strict=False):
         r, g, b = pixel(img, 0.17, 0.97)
         if scene["box"] and scene["box_color"] == "green":
             assert g > 0.4 > r and g > b
@@ -126,15 +131,15 @@ def test_the_box_is_there_when_it_is_said_to_be(pictures):
             assert r > 1.2 * max(g, b)                                   # mucosa
 
 
-def test_text_is_light_where_it_is_said_to_be(pictures):
-    for scene, img in zip(SCENES, pictures, strict=False):
+def test_text_is_light_where_it_is_said_to_be(images):
+    for scene, img in zip(SCENES, images, strict=False):
         if scene["text"]:
             x, y = scene["text"]
             assert pixel(img, x + 0.09, y + 0.155).mean() > 0.6              # the line of squares
 
 
-def test_corners_are_black_and_the_lumen_is_dark(pictures):
-    for scene, img in zip(SCENES, pictures, strict=False):
+def test_corners_are_black_and_the_lumen_is_dark(images):
+    for scene, img in zip(SCENES, images, strict=False):
         assert (img[-1, -1] == 0).all() or scene["text"]
         if not scene["polyps"] and not scene["instruments"]:
             assert pixel(img, *scene["lumen"]["center"]).max() < 0.45
@@ -151,23 +156,28 @@ def test_prompts_are_true_and_7_to_11():
             (key, said), = prompts.parse(text).items()
             polyps = truth["polyps"]
             assert said == {
-                "n_findings": len(polyps), "n_polyps": len(polyps), "n_instruments": len(truth["instruments"]),
-                "text": truth["text"], "box": truth["box"], "procedure": truth["procedure"], "contains": ["polyp"],
+                "n_findings": len(polyps), "n_polyps": len(polyps),
+                "n_instruments": len(truth["instruments"]),
+                "text": truth["text"], "box": truth["box"], "procedure": truth["procedure"],
+                "contains": ["polyp"],
                 "abnormality_cells": [c for c in prompts.CELLS if any(c in p["cells"] for p in polyps)],
                 "colors": [c for c in prompts.COLORS if any(c in p["colors"] for p in polyps)],
                 "sizes": [s for s in prompts.SIZES if any(s == p["size"] for p in polyps)],
                 "paris": [t for t in prompts.PARIS if any(t == p["paris"] for p in polyps)],
-                "instrument_cells": [c for c in prompts.CELLS if any(c in p["cells"] for p in truth["instruments"])],
+                "instrument_cells": [c for c in prompts.CELLS
+                                     if any(c in p["cells"] for p in truth["instruments"])],
                 "landmark_cells": [prompts.CELLS[phantom.cell_of(*scene["lumen"]["center"])]]}[key]
 
 
 # ---------------------------------------------------------------- files
 
 def test_the_folder_is_a_data_folder(folder):
-    lines = [json.loads(line) for line in (folder / "attributes.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (folder / "attributes.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     names = [f"{i:06d}.png" for i in range(12)]
     assert [line["file_name"] for line in lines] == names
-    assert all(set(line) == {"file_name", "procedure", "polyps", "instruments", "box", "text"} for line in lines)
+    assert all(set(line) == {"file_name", "procedure", "polyps", "instruments", "box", "text"}
+               for line in lines)
     for polyp in (p for line in lines for p in line["polyps"]):
         assert set(polyp) == {"cells", "size", "paris", "colors", "center", "radius"}
         assert all(0 <= z <= 1 for z in polyp["center"])
@@ -182,7 +192,7 @@ def test_the_folder_is_a_data_folder(folder):
 def test_the_same_command_again_writes_the_same_files(folder):
     before = files(folder)
     (folder / "images/000004.png").unlink()
-    (folder / "prompt-gt.csv").unlink()                                  # as if it had been stopped on its way
+    (folder / "prompt-gt.csv").unlink()                                  # as if it had been stopped early
     phantom.main(["--out", str(folder), "--n", "12", "--size", "32", "--seed", "3"])
     assert files(folder) == before
 

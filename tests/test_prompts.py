@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prompts import CELL_ORDER, CELLS, COLORS, NAMES, PARIS, SENTENCES, SIZES, paraphrase, parse, write
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "medvqa-gi-2024-prompts.csv"
-SLIPS = {  # the real prompts that parse and write do not give back letter by letter, and what we take them to mean
+SLIPS = {  # the real prompts that parse and write do not give back letter by letter, and their meaning
     "Generate an image with Pink findings.": {"colors": ["pink"]},  # a color in the place of the number
     "Generate an image with an abnormality with the color pale pink.": {"colors": ["pink"]},
     "Generate an image with an abnormality with the color pink/red.": {"colors": ["pink", "red"]},
@@ -20,13 +20,15 @@ SLIPS = {  # the real prompts that parse and write do not give back letter by le
 SAMPLE = [
     {"contains": ["polyp"]}, {"contains": ["polyp", "oesophagitis"]}, {"contains": ["polyp snare", "tube"]},
     {"contains": ["z-line"]}, {"n_findings": 0}, {"n_findings": 1}, {"n_instruments": 2}, {"n_polyps": 16},
-    {"n_polyps": 40}, {"box": True}, {"box": False}, {"text": True}, {"text": False}, {"procedure": "colonoscopy"},
+    {"n_polyps": 40}, {"box": True}, {"box": False}, {"text": True}, {"text": False},
+    {"procedure": "colonoscopy"},
     {"procedure": "gastroscopy"}, {"colors": ["pink"]}, {"colors": list(COLORS)}, {"sizes": ["< 5mm"]},
     {"sizes": list(SIZES)}, {"paris": ["iia"]}, {"paris": list(PARIS)}, {"abnormality_cells": ["center"]},
     {"instrument_cells": ["upper-left", "center-left"]}, {"landmark_cells": list(CELLS)},
     {"n_polyps": 2, "box": False, "procedure": "colonoscopy", "instrument_cells": ["lower-right"]},
 ]
-SALAD = "no not and or , with polyp polyps 2 two text is red white center upper-left >20mm paris instruments . generate"
+SALAD = ("no not and or , with polyp polyps 2 two text is red white center upper-left >20mm paris instruments"
+         " . generate")
 
 
 def some(values):
@@ -36,7 +38,8 @@ def some(values):
 ATTRIBUTES = st.fixed_dictionaries({}, optional={
     "contains": some(list(NAMES)),
     "n_findings": st.integers(0, 40), "n_instruments": st.integers(0, 40), "n_polyps": st.integers(0, 40),
-    "box": st.booleans(), "text": st.booleans(), "colors": some(COLORS), "sizes": some(SIZES), "paris": some(PARIS),
+    "box": st.booleans(), "text": st.booleans(), "colors": some(COLORS), "sizes": some(SIZES),
+    "paris": some(PARIS),
     "procedure": st.sampled_from(("colonoscopy", "gastroscopy")),
     "abnormality_cells": some(CELLS), "instrument_cells": some(CELLS), "landmark_cells": some(CELLS)})
 
@@ -60,7 +63,8 @@ def real():
     ({"box": False}, "Generate an image not containing a green/black box artefact."),
     ({"text": True}, "Generate an image containing text."),
     ({"colors": ["pink"]}, "Generate an image with an abnormality with the color pink."),
-    ({"colors": ["red", "pink", "grey"]}, "Generate an image with an abnormality with the colors red, pink and grey."),
+    ({"colors": ["red", "pink", "grey"]},
+     "Generate an image with an abnormality with the colors red, pink and grey."),
     ({"sizes": ["< 5mm"]}, "Generate an image with a polyp of size < 5mm."),
     ({"sizes": ["5-10mm", ">20mm"]}, "Generate an image with polyps of size 5-10mm and >20mm."),
     ({"paris": ["is"]}, "Generate a polyp of type paris is."),
@@ -68,10 +72,12 @@ def real():
     ({"procedure": "gastroscopy"}, "Generate an image from a gastroscopy procedure."),
     ({"abnormality_cells": ["center", "upper-left"]},
      "Generate an image with an an abnormality located in the center and upper-left."),
-    ({"instrument_cells": ["lower-center"]}, "Generate an image with an an instrument located in the lower-center."),
+    ({"instrument_cells": ["lower-center"]},
+     "Generate an image with an an instrument located in the lower-center."),
     ({"landmark_cells": ["center", "lower-left", "lower-right"]},
      "Generate an image with an an anatomical landmark located in the center, lower-left and lower-rigth."),
-    ({"n_polyps": 1, "contains": ["tube"]}, "Generate an image containing tube. Generate an image with 1 polyp."),
+    ({"n_polyps": 1, "contains": ["tube"]},
+     "Generate an image containing tube. Generate an image with 1 polyp."),
     ({}, ""),
 ])
 def test_canonical_prompts(attributes, prompt):
@@ -90,7 +96,8 @@ def test_unknown_attributes_are_refused():
         write({"n_cats": 3})
 
 
-def test_all_real_prompts_are_understood(real):
+def test_all_real_prompts_are_understood_and_paraphrased(real):
+    check_paraphrases(real)
     assert len(real) == 483
     assert {p: parse(p) for p in real if write(parse(p)) != p} == SLIPS
     assert all(parse(p) for p in real)
@@ -107,7 +114,8 @@ def test_all_real_prompts_are_understood(real):
     ("no instruments visible", {"n_instruments": 0}),
     ("three findings are visible", {"n_findings": 3}),
     ("GENERATE AN IMAGE WITH  2 POLYPS", {"n_polyps": 2}),
-    ("generate an image with 1 polyp, generate an image with no instruments", {"n_polyps": 1, "n_instruments": 0}),
+    ("generate an image with 1 polyp, generate an image with no instruments",
+     {"n_polyps": 1, "n_instruments": 0}),
     ("Generate an image with 1 polyp.Generate an image not containing text.", {"n_polyps": 1, "text": False}),
     ("Polyps: 2, instruments: none, text: no", {"n_polyps": 2, "n_instruments": 0, "text": False}),
     ("The number of polyps is three", {"n_polyps": 3}),
@@ -166,7 +174,8 @@ def test_negation_and_ambiguity(text, attributes):
     assert parse(text) == attributes
 
 
-@pytest.mark.parametrize("text", ["", " ", "a photo of a cat", "red", "Generate an image.", "in the center", "?!", "7"])
+@pytest.mark.parametrize("text", ["", " ", "a photo of a cat", "red", "Generate an image.", "in the center",
+                                  "?!", "7"])
 def test_unknown_prompts_say_nothing(text):
     assert parse(text) == {}
     assert paraphrase(text, 5, 0) == [text]
@@ -189,10 +198,6 @@ def check_paraphrases(prompts, n=25):
 
 def test_paraphrases_keep_the_attributes():
     check_paraphrases([write(a) for a in SAMPLE])
-
-
-def test_paraphrases_of_all_real_prompts(real):
-    check_paraphrases(real)
 
 
 def test_paraphrases_depend_on_the_seed_alone():

@@ -16,7 +16,8 @@ def small(**changes):
 
 def inputs(b=2, n=5):
     g = torch.Generator().manual_seed(1)
-    return (torch.randn(b, 4, 8, 8, generator=g), torch.tensor([3, 700][:b]), torch.randn(b, n, 16, generator=g))
+    return (torch.randn(b, 4, 8, 8, generator=g), torch.tensor([3, 700][:b]),
+            torch.randn(b, n, 16, generator=g))
 
 
 def test_the_papers_sizes_to_the_last_parameter():
@@ -48,7 +49,8 @@ def test_masked_words_are_not_looked_at_but_count_in_the_pooled_query():
     torch.testing.assert_close(block(q, text, mask.bool()), block(q, other, mask.bool()))
     net = small()
     torch.testing.assert_close(net(x_t, t, text, torch.ones(2, 5)), net(x_t, t, text))
-    assert not torch.allclose(net(x_t, t, text, mask)[0], net(x_t, t, other, mask)[0], atol=1e-5)  # by the mean over all positions
+    assert not torch.allclose(net(x_t, t, text, mask)[0], net(x_t, t, other, mask)[0],
+                              atol=1e-5)  # by the mean over all positions
 
 
 def test_a_residual_text_is_heard_where_its_layers_are_silent():
@@ -62,7 +64,8 @@ def test_a_residual_text_is_heard_where_its_layers_are_silent():
 def test_coordinates_say_where_a_pixel_lies():
     where = coordinate_channels(torch.zeros(2, 3, 5, 9))
     assert where.shape == (2, 4, 5, 9) and torch.equal(where[0], where[1])
-    torch.testing.assert_close(where[0, :, 0, 0], torch.tensor([-1.0, -1, -1, -1]))   # upper left: x, y, cos pi x, cos pi y
+    torch.testing.assert_close(where[0, :, 0, 0],
+                               torch.tensor([-1.0, -1, -1, -1]))   # upper left: x, y, cos pi x, cos pi y
     torch.testing.assert_close(where[0, :, 0, 8], torch.tensor([1.0, -1, -1, -1]))    # upper right
     torch.testing.assert_close(where[0, :, 2, 4], torch.tensor([0.0, 0, 1, 1]))       # centre
     assert small(coord_conv=True).conv_in.in_channels == small().conv_in.in_channels + 4
@@ -77,8 +80,10 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 def test_sinusoidal_starts_at_sine_zero_cosine_one():
-    torch.testing.assert_close(timestep_embedding(torch.tensor([0]), 8), torch.tensor([[0.0] * 4 + [1.0] * 4]))
-    assert timestep_embedding(torch.tensor([1]), 8)[0, 3].item() == pytest.approx(1e-4, rel=1e-3)  # the slowest: 10000^-1
+    torch.testing.assert_close(timestep_embedding(torch.tensor([0]), 8),
+                               torch.tensor([[0.0] * 4 + [1.0] * 4]))
+    assert timestep_embedding(torch.tensor([1]),
+                              8)[0, 3].item() == pytest.approx(1e-4, rel=1e-3)  # the slowest: 10000^-1
 
 
 @pytest.mark.parametrize("wrong", [{"channels": (48, 64)}, {"time_dim": 100}])

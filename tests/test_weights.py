@@ -1,5 +1,10 @@
+import errno
+import subprocess
+import sys
+
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import command
@@ -14,7 +19,8 @@ def test_tensors_and_typed_metadata_come_back(tmp_path):
     tensors, read = files.load_safetensors(tmp_path / "a" / "f.safetensors")
     assert read == meta == files.load_metadata(tmp_path / "a" / "f.safetensors")
     files.save_safetensors(tmp_path / "again.safetensors", {"w": torch.arange(6).view(2, 3).T}, meta)
-    assert files.file_hash(tmp_path / "again.safetensors") == files.file_hash(tmp_path / "a" / "f.safetensors")
+    one, again = (files.file_hash(tmp_path / name) for name in ("a/f.safetensors", "again.safetensors"))
+    assert one == again
     assert list(tensors) == ["w"] and torch.equal(tensors["w"], torch.arange(6).view(2, 3).T)
 
 
@@ -30,8 +36,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_load_that_does_not_fit_lists_everything(tmp_path):
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    tensors = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(4), "1.weight": torch.zeros(1, 3), "2.x": torch.zeros(1)}
-    with pytest.raises(BadInput, match=r"not set: 1.bias; not read: 2.x; other shapes: 0.bias expected \(3,\), got \(4,\)"):
+    tensors = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(4), "1.weight": torch.zeros(1, 3),
+               "2.x": torch.zeros(1)}
+    expected = r"not set: 1.bias; not read: 2.x; other shapes: 0.bias expected \(3,\), got \(4,\)"
+    with pytest.raises(BadInput, match=expected):
         weights.load_state(net, tensors, "f.safetensors")
 
 
@@ -55,10 +63,37 @@ def test_a_device_that_is_not_here_is_one_line():
             command.best_device(name)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(capsys):
+@pytest.mark.parametrize("error, line", [
+    (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "error: /runs/x: Permission denied\n"),
+    (OSError(errno.ENOSPC, "No space left"), f"error: [Errno {errno.ENOSPC}] No space left\n")])
+def test_a_folder_or_disk_that_cannot_be_written_is_one_line(error, line, capsys):
     def main():
-        raise PermissionError(13, "Permission denied", "/runs/mine")
+        raise error
 
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         command.run_command(main)
-    assert left.value.code == 2 and capsys.readouterr().err == "error: /runs/mine: Permission denied\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("error", [OSError("a worker died"), ConnectionError(errno.ECONNRESET, "reset")])
+def test_an_os_error_without_a_file_keeps_its_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(OSError) as kept:
+        command.run_command(main)
+    assert kept.value is error
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    """As in `command | head -1`: status 141, as of any program that a closed pipe ends, and no traceback."""
+    code = ("import command\n"
+            "def main():\n"
+            "    while True:\n"
+            "        print('a line', flush=True)\n"
+            "command.run_command(main)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141 and process.stderr.read() == ""

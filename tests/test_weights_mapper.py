@@ -38,7 +38,8 @@ class Net(nn.Module):
 
 
 def published():
-    return {"conv_in.weight": torch.randn(4, 3), "conv_in.bias": torch.randn(4), "query.weight": torch.randn(2, 4)}
+    return {"conv_in.weight": torch.randn(4, 3), "conv_in.bias": torch.randn(4),
+            "query.weight": torch.randn(2, 4)}
 
 
 def meta_net():
@@ -55,7 +56,7 @@ def test_fills_a_meta_module():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"conv_out.weight": torch.zeros(1)}, "not read: conv_out.weight"),
-    ({"to_q.weight": torch.zeros(2, 4)}, "read twice: to_q.weight and query.weight"),
+    ({"to_q.weight": torch.zeros(2, 4)}, "duplicates: to_q.weight and query.weight"),
     ({"conv_in.bias": torch.zeros(5)}, r"other shapes: conv_in.bias expected \(4,\), got \(5,\)"),
     ({"conv_in.bias": None}, "not set: conv_in.bias"),
 ])
@@ -102,7 +103,8 @@ def test_broken_checkpoints_are_named(tmp_path):
     (tmp_path / names[1]).unlink()
     with pytest.raises(BadInput, match=f"{names[1]}: no such file"):
         read_checkpoint(tmp_path)
-    write_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"x": "../elsewhere"}})
+    write_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json",
+               {"weight_map": {"x": "../elsewhere"}})
     with pytest.raises(BadInput, match="names of files beside it"):
         read_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -139,7 +141,8 @@ from torch import nn
 from weights import load_published
 
 def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 def build(config):
     net = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(40)])
@@ -165,7 +168,8 @@ print((peak - before) / sum(p.nbytes for p in net.parameters()))
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc here to read the memory from")
     net = nn.Sequential(*[nn.Linear(1000, 1000) for _ in range(40)])
-    save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", {k: v.half() for k, v in net.state_dict().items()})
+    save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors",
+                     {k: v.half() for k, v in net.state_dict().items()})
     write_json(tmp_path / "config.json", {})
     for dtype, limit in (("float16", 0.15), ("float32", 1.15)):
         done = subprocess.run([sys.executable, "-c", code, tmp_path, dtype], capture_output=True, text=True,

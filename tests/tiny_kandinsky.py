@@ -1,4 +1,4 @@
-"""Tiny Kandinsky checkpoints of random weights in the published layout: they prove that the commands work, and draw noise.
+"""Tiny Kandinsky checkpoints of random weights in the published layout, for tests of the commands.
 
     python tests/tiny_kandinsky.py --out runs/tiny22              # runs/tiny22/prior and runs/tiny22/decoder
     python tests/tiny_kandinsky.py --kind 3 --out runs/tiny3
@@ -35,11 +35,14 @@ from kandinsky_networks import build_decoder, build_prior, build_unet3  # noqa: 
 from movq import build_movq  # noqa: E402
 from weights import rename  # noqa: E402
 
-SENTENCES = """Generate an image with 1 finding. Generate an image with 2 polyps. Generate an image with no instruments.
+SENTENCES = """Generate an image with 1 finding. Generate an image with 2 polyps.
+Generate an image with no instruments.
 Generate an image with an an abnormality located in the upper-left, center and lower-right.
-Generate an image with an abnormality with the colors pink, red, white, yellow and purple. Generate an image containing text.
+Generate an image with an abnormality with the colors pink, red, white, yellow and purple.
+Generate an image containing text.
 Generate an image not containing a green/black box artefact. Generate an image from a colonoscopy procedure.
-Generate an image from a gastroscopy procedure. Generate an image with a polyp of size < 5mm. Generate a polyp of type paris ip.
+Generate an image from a gastroscopy procedure. Generate an image with a polyp of size < 5mm.
+Generate a polyp of type paris ip.
 Generate an image with an an anatomical landmark located in the center-left."""
 
 
@@ -50,7 +53,7 @@ def smooth_images(n, size, generator):
 
 
 def random_network(build, config):
-    """A network with torch's random weights; what starts at zero gets small ones, so that every part takes part."""
+    """A network with torch's random weights; parameters that start at zero get small random ones."""
     network = build(config)
     for p in network.parameters():
         if p.requires_grad and not p.any():
@@ -66,9 +69,10 @@ def save_published(network, folder, config):
 
 @torch.no_grad()
 def tiny_movq(folder, generator):
-    """Random, but its latents have mean 0 and deviation 1, and its pictures use the range of grey values."""
-    config = {"_class_name": "VQModel", "block_out_channels": [32] * 4, "latent_channels": 4, "vq_embed_dim": 4,
-              "num_vq_embeddings": 16, "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
+    """Random, but calibrated: latents of mean 0 and deviation 1, images of mean 0 and deviation 0.5."""
+    config = {"_class_name": "VQModel", "block_out_channels": [32] * 4, "latent_channels": 4,
+              "vq_embed_dim": 4, "num_vq_embeddings": 16,
+              "down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"],
               "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 3, "layers_per_block": 1,
               "norm_type": "spatial"}
     movq, img = random_network(build_movq, config), smooth_images(16, 64, generator)
@@ -81,7 +85,7 @@ def tiny_movq(folder, generator):
 
 
 def clip_vocabulary():
-    """Vocabulary and merges of a byte pair encoding that reads the words of SENTENCES whole and others by letters."""
+    """Vocabulary and merges of a byte pair encoding: the words of SENTENCES whole, others by letters."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     pieces, merges = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)], []
     for word in sorted(set(re.findall(r"[a-z]+", SENTENCES.lower()))):
@@ -105,29 +109,32 @@ def make_tiny_22(out, generator):
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**common, image_size=32, patch_size=8)).eval()
     vision.save_pretrained(prior_folder / "image_encoder")
     write_json(prior_folder / "image_processor/preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "do_convert_rgb": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
-    config = {"_class_name": "PriorTransformer", "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2,
-              "embedding_dim": dim}
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 32},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    config = {"_class_name": "PriorTransformer", "num_attention_heads": 4, "attention_head_dim": 16,
+              "num_layers": 2, "embedding_dim": dim}
     prior, embeds = random_network(build_prior, config), clip_images(vision, smooth_images(64, 32, generator))
     prior.clip_mean.copy_(embeds.mean(dim=0, keepdim=True))
     prior.clip_std.copy_(embeds.std(dim=0, keepdim=True))
     save_published(prior, prior_folder / "prior", config)
     write_json(prior_folder / "scheduler/scheduler_config.json", {
-        "_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "prediction_type": "sample", "clip_sample": True,
-        "clip_sample_range": 5.0, "variance_type": "fixed_small_log"})
+        "_class_name": "UnCLIPScheduler", "num_train_timesteps": 1000, "prediction_type": "sample",
+        "clip_sample": True, "clip_sample_range": 5.0, "variance_type": "fixed_small_log"})
     config = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32, 64], "layers_per_block": 1,
-              "cross_attention_dim": 32, "encoder_hid_dim": dim, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
-              "norm_num_groups": 8, "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
+              "cross_attention_dim": 32, "encoder_hid_dim": dim, "attention_head_dim": 16, "in_channels": 4,
+              "out_channels": 8, "norm_num_groups": 8,
+              "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
               "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
               "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "encoder_hid_dim_type": "image_proj",
               "addition_embed_type": "image", "resnet_time_scale_shift": "scale_shift"}
     save_published(random_network(build_decoder, config), decoder_folder / "unet", config)
     write_json(decoder_folder / "scheduler/scheduler_config.json", {
         "_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012,
-        "num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": True, "clip_sample_range": 2.0,
-        "thresholding": True, "dynamic_thresholding_ratio": 0.99, "sample_max_value": 2.0, "variance_type": "learned_range"})
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "clip_sample": True,
+        "clip_sample_range": 2.0, "thresholding": True, "dynamic_thresholding_ratio": 0.99,
+        "sample_max_value": 2.0, "variance_type": "learned_range"})
     tiny_movq(decoder_folder, generator)
 
 
@@ -138,8 +145,9 @@ def make_tiny_3(out, generator):
     T5Tokenizer(pieces, extra_ids=0, model_max_length=128).save_pretrained(out / "tokenizer")
     T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
                             feed_forward_proj="gated-gelu")).save_pretrained(out / "text_encoder")
-    config = {"_class_name": "Kandinsky3UNet", "block_out_channels": [32, 64], "layers_per_block": 2, "groups": 8,
-              "attention_head_dim": 16, "cross_attention_dim": 32, "encoder_hid_dim": 32, "time_embedding_dim": 64}
+    config = {"_class_name": "Kandinsky3UNet", "block_out_channels": [32, 64], "layers_per_block": 2,
+              "groups": 8, "attention_head_dim": 16, "cross_attention_dim": 32, "encoder_hid_dim": 32,
+              "time_embedding_dim": 64}
     save_published(random_network(build_unet3, config), out / "unet", config)
     write_json(out / "scheduler/scheduler_config.json", {
         "_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000,
@@ -152,7 +160,7 @@ def make_tiny(args):
     out = Path(args.out)
     if out.exists():
         raise BadInput(f"{out}: exists already; give another --out")
-    note = "Random weights: they prove that the commands work, and draw noise."
+    note = "Random weights: they test the commands, not the images."
     out.parent.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as tmp:
         torch.manual_seed(args.seed)
@@ -165,7 +173,7 @@ def make_tiny(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a tiny Kandinsky checkpoint of random weights in the published layout.",
+    parser = argparse.ArgumentParser(description="Write a tiny Kandinsky checkpoint of random weights.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--kind", choices=("2.2", "3"), default="2.2", help="which Kandinsky")

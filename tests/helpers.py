@@ -1,0 +1,101 @@
+"""What the tests share: recorded outputs, commands as subprocesses, small models and images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from files import load_safetensors
+from msdm import MSDM, Diffusion
+from text import TextConfig, TextTransformer, learn_tokenizer
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).resolve().parent / "golden"
+SHARED = ROOT.parent / "shared"
+KVASIR = SHARED / "data/kvasir-seg"
+real_images = pytest.mark.skipif(not KVASIR.is_dir(), reason=f"no real images at {KVASIR}")
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+# Recorded outputs of the reference
+
+
+def fixture(name):
+    """The file or folder of this name; the test is skipped where neither place has it."""
+    for place in (GOLDEN, SHARED / "fixtures"):
+        if (place / name).exists():
+            return place / name
+    pytest.skip(f"{name} lies in ../shared/fixtures, which is not beside this clone")
+
+
+def recorded(name):
+    return load_safetensors(fixture(name))[0]
+
+
+def manifest(name):
+    return json.loads(fixture(f"manifests/{name}.json").read_text())
+
+
+def close(out, expected, atol):
+    torch.testing.assert_close(out, expected, atol=atol, rtol=0)
+
+
+# Commands
+
+
+def run(script, *flags, expect=0):
+    """A command of the project in a process of its own; another exit status than expected fails the test."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True,
+                          env=ENV, timeout=300)
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def start(script, *flags, **settings):
+    """The same command, not waited for."""
+    return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], env=ENV, **settings)
+
+
+def torchrun(script, *flags, processes=2):
+    """A script under torchrun, one thread a process."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
+               script, *flags]
+    done = subprocess.run(list(map(str, command)), env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def log_lines(run_folder):
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Models and images
+
+PROMPTS = ["Generate an image with 2 polyps.", "Generate an image containing text.",
+           "Generate an image with no polyps."]
+
+
+def tiny_msdm(**diffusion):
+    """A small MSDM in which no layer is zero, and so every part takes part."""
+    torch.manual_seed(0)
+    tokenizer, vocab = learn_tokenizer(PROMPTS, vocab=300)
+    text = TextTransformer(TextConfig(tokenizer, vocab, length=16, dim=32, n_layers=1, n_heads=2))
+    unet = UNet(UNetConfig(in_channels=4, channels=(32, 32, 32), time_dim=64, text_dim=32, n_heads=2,
+                           dropout=0.1))
+    vae = VAE(VAEConfig(channels=(8, 8, 8), latent_channels=4))
+    for p in [*unet.parameters(), *vae.parameters()]:
+        torch.nn.init.normal_(p, std=0.1)
+    return MSDM(unet, vae, text, Diffusion(**{"prediction": "v", "image_size": 32} | diffusion)).eval()
+
+
+def image(seed=0, w=48, h=32):
+    """Smooth coloured noise, a PIL image."""
+    x = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(x).resize((w, h), Image.Resampling.BICUBIC)
