@@ -1,97 +1,119 @@
-# make help lists the targets. Override: make train-msdm DATA=data/mine PRESET=paper OUT=runs/mine STEPS=1000
+# `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-PRESET ?= tiny
-SIZE   ?= $(if $(filter paper,$(PRESET)),256,64)
-PHANTOM := data/phantom$(if $(filter-out 64,$(SIZE)),-$(SIZE))
-DATA   ?= $(PHANTOM)
-OUT    ?= runs/msdm
-VAE    ?= $(OUT)/vae/best.safetensors
-CKPT   ?= $(OUT)/best.safetensors
-STEPS  ?=
+PRESET  ?= tiny
+OUT     ?= runs/msdm
+CKPT    ?= $(OUT)/best.safetensors
+PROMPT  ?= Generate an image with 2 polyps.
 SAMPLES ?= out/sample
-PROMPT ?= Generate an image with 2 polyps.
+VALUES  := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS FLAGS
 
-# Kandinsky: published folders, or their names on the hub. Without them tiny random ones, which only prove that the commands work.
-PRIOR      ?= runs/tiny-kandinsky22/prior
-DECODER    ?= runs/tiny-kandinsky22/decoder
-KANDINSKY3 ?= runs/tiny-kandinsky3
-LORA_RANK  ?= 128
-LORA_FIRST ?= 32
-TRIAL      := --steps 300 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 100
-FLAGS22    ?= $(if $(filter runs/tiny-%,$(PRIOR)),$(TRIAL),--epochs 100)
-FLAGS3     ?= $(if $(filter runs/tiny-%,$(KANDINSKY3)),$(TRIAL) --lr 3e-3,--epochs 100)
-SIZE22     ?= $(if $(filter runs/tiny-%,$(PRIOR)),64,512)
-SIZE3      ?= $(if $(filter runs/tiny-%,$(KANDINSKY3)),64,256)
-OUT22       = $(if $(filter file,$(origin OUT)),runs/kandinsky22,$(OUT))
-OUT3        = $(if $(filter file,$(origin OUT)),runs/kandinsky3,$(OUT))
-KDATA       = $(if $(filter file,$(origin DATA)),data/phantom-small,$(DATA))
-SMALL       = $(if $(filter data/phantom-small,$(KDATA)),data/phantom-small/prompt-gt.csv)
+# A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
+$(foreach v,$(VALUES),$(if $(filter command environment,$(firstword $(origin $(v)))),$(eval override $(v) := $$(value $(v)))))
+export $(VALUES)
 
-PY     := .venv/bin/python
+PY       := .venv/bin/python
+PHANTOM  := data/phantom/prompt-gt.csv
+SMALL    := data/phantom-small/prompt-gt.csv
+INSTALL  := .venv/installed
+needs     = @test -n "$$$(1)" || { echo "make $@ needs $(1)=$(2)"; exit 2; }
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
+	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 .venv/installed: requirements.txt constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, python3 is %d.%d" % sys.version_info[:2])'
 	python3 -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
-# The built-in data; any other DATA must be there already.
-$(PHANTOM)/prompt-gt.csv: | .venv/installed
-	$(PY) phantom.py --out $(PHANTOM) --n 8000 --size $(SIZE) --seed 0
+# Built-in data: phantoms, rendered endoscopy images with exactly known contents.
 
-phantom: $(PHANTOM)/prompt-gt.csv  ## draw the built-in data: 8,000 phantoms
+$(PHANTOM): | $(INSTALL)
+	$(PY) phantom.py --out data/phantom --n 8000 --size 64 --seed 0
 
-train-vae: .venv/installed $(if $(filter $(PHANTOM),$(DATA)),phantom)  ## train the autoencoder on DATA
-	$(PY) vae.py --preset $(PRESET) --size $(SIZE) --data $(DATA) --out $(OUT)/vae
+$(SMALL): | $(INSTALL)
+	$(PY) phantom.py --out data/phantom-small --n 1000 --size 64 --seed 0
 
-# A checkpoint is there long before the training is over, so it cannot be make's target.
-$(OUT)/vae/finished:
-	$(MAKE) train-vae
-	touch $@
+phantom: $(PHANTOM)  ## render the built-in data: 8,000 phantoms
 
-train-msdm: .venv/installed $(if $(filter $(PHANTOM),$(DATA)),phantom) $(if $(filter $(OUT)/vae/best.safetensors,$(VAE)),$(OUT)/vae/finished,$(VAE))  ## train MSDM on DATA, its autoencoder first
-	$(PY) msdm.py --preset $(PRESET) --size $(SIZE) --data $(DATA) --vae $(VAE) --out $(OUT) $(if $(STEPS),--steps $(STEPS))
+# MSDM
 
-data/phantom-small/prompt-gt.csv: | .venv/installed
-	$(PY) phantom.py --out data/phantom-small --n 400 --size 64 --seed 0
+demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoencoder, diffusion, a sheet of images
+	$(PY) vae.py --preset demo --data data/phantom-small --out runs/demo/vae --perceptual off
+	$(PY) msdm.py --preset demo --data data/phantom-small --vae runs/demo/vae/best.safetensors --out runs/demo/msdm
+	$(PY) sampler.py --ckpt runs/demo/msdm/best.safetensors --prompts docs/demo.txt -n 4 --solver dpmpp --steps 20 --grid --out out/demo
+	@echo "the sheet is out/demo/grid.png, a row for each line of docs/demo.txt"
 
-runs/tiny-kandinsky22: | .venv/installed
-	$(PY) tests/tiny_kandinsky.py --kind 2.2 --out $@
+train-vae: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train the autoencoder on DATA (phantoms without it)
+	$(PY) vae.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --out "$$OUT/vae"
 
-runs/tiny-kandinsky3: | .venv/installed
-	$(PY) tests/tiny_kandinsky.py --kind 3 --out $@
+train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM)) $(if $(VAE),,train-vae)  ## train MSDM on DATA, its autoencoder first unless VAE=FILE
+	$(PY) msdm.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --vae "$${VAE:-$$OUT/vae/best.safetensors}" \
+	  --out "$$OUT" $${STEPS:+--steps "$$STEPS"}
 
-# In the paper's order: a decoder of small rank, the prior, then the decoder again.
-LORA22 = --data $(KDATA) --cache $(OUT22)/cache $(FLAGS22)
-train-kandinsky22: .venv/installed $(SMALL) $(if $(filter runs/tiny-%,$(PRIOR)),runs/tiny-kandinsky22)  ## LoRA on Kandinsky 2.2 (PRIOR, DECODER)
-	$(PY) finetune.py decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_FIRST) --out $(OUT22)/decoder-first $(LORA22)
-	$(PY) finetune.py prior --model $(PRIOR) --rank $(LORA_RANK) --out $(OUT22)/prior $(LORA22)
-	$(PY) finetune.py decoder --model $(DECODER) --prior $(PRIOR) --size $(SIZE22) --rank $(LORA_RANK) --out $(OUT22)/decoder $(LORA22)
-	$(PY) sampler.py --ckpt $(PRIOR) --decoder $(DECODER) --prior-lora $(OUT22)/prior/best --decoder-lora $(OUT22)/decoder/best \
-	  --size $(SIZE22) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp --grid --out $(OUT22)/sample
+sample: $(INSTALL)  ## sample 16 images of PROMPT with CKPT into SAMPLES
+	$(PY) sampler.py --ckpt "$$CKPT" --prompt "$$PROMPT" -n 16 --grid --out "$$SAMPLES"
 
-train-kandinsky3: .venv/installed $(SMALL) $(filter runs/tiny-%,$(KANDINSKY3))  ## LoRA on Kandinsky 3 (KANDINSKY3)
-	$(PY) finetune.py unet3 --model $(KANDINSKY3) --size $(SIZE3) --rank $(LORA_RANK) --data $(KDATA) --out $(OUT3) $(FLAGS3)
-	$(PY) sampler.py --ckpt $(KANDINSKY3) --lora $(OUT3)/best --size $(SIZE3) --prompt "$(PROMPT)" -n 4 --steps 20 --solver dpmpp \
-	  --grid --out $(OUT3)/sample
+metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WEIGHTS=FILE or rule)
+	$(call needs,REAL,FOLDER)
+	$(call needs,FAKE,FOLDER)
+	$(PY) metrics.py --real "$$REAL" --fake "$$FAKE" $${WEIGHTS:+--weights "$$WEIGHTS"}
 
-sample: .venv/installed  ## draw PROMPT with CKPT, 16 pictures, into SAMPLES
-	$(PY) sampler.py --ckpt $(CKPT) --prompt "$(PROMPT)" -n 16 --grid --out $(SAMPLES)
+# LoRA on Kandinsky: PRIOR, DECODER and KANDINSKY3 are published folders, or their names on the hub. FLAGS go to finetune.py.
 
-test: .venv/installed  ## ruff and pytest
+LORA22 = --data "$$DATA" --cache "$$OUT/cache" $(FLAGS)
+train-kandinsky22 train-kandinsky3: OUT := $(if $(filter file,$(origin OUT)),runs/$(subst train-,,$(firstword $(MAKECMDGOALS))),$(OUT))
+
+train-kandinsky22: $(INSTALL)  ## LoRA on Kandinsky 2.2's prior and decoder: PRIOR, DECODER, DATA
+	$(call needs,PRIOR,FOLDER or kandinsky-community/kandinsky-2-2-prior)
+	$(call needs,DECODER,FOLDER or kandinsky-community/kandinsky-2-2-decoder)
+	$(call needs,DATA,FOLDER)
+	$(PY) finetune.py prior --model "$$PRIOR" --out "$$OUT/prior" $(LORA22)
+	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --out "$$OUT/decoder" $(LORA22)
+	$(PY) sampler.py --ckpt "$$PRIOR" --decoder "$$DECODER" --prior-lora "$$OUT/prior/best" --decoder-lora "$$OUT/decoder/best" \
+	  --prompt "$$PROMPT" -n 4 --grid --out "$$OUT/sample"
+
+train-kandinsky3: $(INSTALL)  ## LoRA on Kandinsky 3's U-Net: KANDINSKY3, DATA
+	$(call needs,KANDINSKY3,FOLDER or kandinsky-community/kandinsky-3)
+	$(call needs,DATA,FOLDER)
+	$(PY) finetune.py unet3 --model "$$KANDINSKY3" --data "$$DATA" --out "$$OUT" $(FLAGS)
+	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$$OUT/best" --size 256 --prompt "$$PROMPT" -n 4 --grid --out "$$OUT/sample"
+
+# The same commands on tiny checkpoints of random weights: they prove the machinery and sample noise.
+
+TRY   := --data data/phantom-small --steps 300 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 100
+TINY22 := runs/tiny-kandinsky22
+TINY3  := runs/tiny-kandinsky3
+
+$(TINY22) $(TINY3): | $(INSTALL)
+	$(PY) tests/tiny_kandinsky.py --kind $(if $(filter $(TINY3),$@),3,2.2) --out $@
+
+try-kandinsky22: $(INSTALL) $(SMALL) $(TINY22)  ## the commands of train-kandinsky22 on a tiny random model
+	$(PY) finetune.py prior --model $(TINY22)/prior --out runs/try-kandinsky22/prior $(TRY) $(FLAGS)
+	$(PY) finetune.py decoder --model $(TINY22)/decoder --prior $(TINY22)/prior --size 64 --out runs/try-kandinsky22/decoder $(TRY) $(FLAGS)
+	$(PY) sampler.py --ckpt $(TINY22)/prior --decoder $(TINY22)/decoder --prior-lora runs/try-kandinsky22/prior/best \
+	  --decoder-lora runs/try-kandinsky22/decoder/best --size 64 --prompt "$$PROMPT" -n 4 --steps 20 --solver dpmpp --grid \
+	  --out out/try-kandinsky22
+	@echo "the sheet is out/try-kandinsky22/grid.png"
+
+try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky3 on a tiny random model
+	$(PY) finetune.py unet3 --model $(TINY3) --size 64 --out runs/try-kandinsky3 $(TRY) --lr 3e-3 $(FLAGS)
+	$(PY) sampler.py --ckpt $(TINY3) --lora runs/try-kandinsky3/best --size 64 --prompt "$$PROMPT" -n 4 --steps 20 --solver dpmpp \
+	  --grid --out out/try-kandinsky3
+	@echo "the sheet is out/try-kandinsky3/grid.png"
+
+# Development
+
+test: $(INSTALL)  ## ruff and pytest
 	.venv/bin/ruff check .
 	$(PY) -m pytest
 
-bench: .venv/installed  ## speed of the networks and metrics against this machine's matmul rate
+bench: $(INSTALL)  ## speed of the networks and metrics against this machine's matmul rate
 	$(PY) tests/bench.py
 
-metrics: .venv/installed  ## FID, precision, recall and more of FAKE= against REAL= [WEIGHTS=file or rule]
-	$(PY) metrics.py --real $(REAL) --fake $(FAKE) $(if $(WEIGHTS),--weights $(WEIGHTS))
-
 clean:  ## remove what the commands made, but not the installation
-	rm -rf data/phantom data/phantom-256 data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf data/phantom data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help phantom train-vae train-msdm train-kandinsky22 train-kandinsky3 sample metrics test bench clean
+.PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 try-kandinsky22 try-kandinsky3 sample \
+  metrics test bench clean
 .DEFAULT_GOAL := help
