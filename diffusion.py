@@ -1,8 +1,9 @@
 """Diffusion in equations: schedules, forward process, targets, solvers, guidance, seeded noise.
 
-A solver is solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0, where noise() returns fresh noise and
-denoise(x_t, t) -> (x_0, log_variance or None). What the network predicts, guidance, clipping and
-self-conditioning live in that closure (guided, denoiser). There is no network and no file here.
+A solver is solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0. timesteps (steps,) int64 descend; noise()
+returns fresh N(0, 1) like x_T; denoise(x_t, t) -> (x_0, log_variance or None), where t is an int, the same for
+the batch. What the network predicts, guidance, clipping and self-conditioning live in that closure (guided,
+denoiser). There is no network and no file here.
 alpha_bar is the product that the DDIM paper calls alpha.
 DDPM         arXiv:2006.11239  Eq. 4 q(x_t | x_0), Eq. 7 the posterior, Eq. 15 x_0 from eps
 DDIM         arXiv:2010.02502  Eq. 12
@@ -137,7 +138,7 @@ def ddpm(denoise, x_t, alpha_bar, timesteps, noise):
 
     DDIM with eta = 1 is the same.
     """
-    for t, a_t, a_s in _noise_levels(alpha_bar, timesteps):
+    for t, a_t, a_s in _noise_levels(alpha_bar, timesteps):  # a_t, a_s: alpha_bar at t and s
         x_0, log_variance = denoise(x_t, t)
         alpha = a_t / a_s  # DDPM's alpha of the step from s to t
         x_t = math.sqrt(a_s) * (1 - alpha) / (1 - a_t) * x_0 + math.sqrt(alpha) * (1 - a_s) / (1 - a_t) * x_t
@@ -201,11 +202,12 @@ def guided(network, cond, null, guidance):
 
 
 def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None, self_conditioning=False):
-    """denoise(x_t, t) -> (x_0, log_variance or None) for a solver, from predict(x_t, t, ...) -> (output, v).
+    """denoise(x_t, t) -> (x_0, log_variance or None) for a solver, from predict(x_t, t, ...) -> (output, extra).
 
-    bound: a function that clips an estimate of x_0. learnt_variance_of: the solver's times, if v is the
-    learnt share of the log-variance (iDDPM, Eq. 15). With self_conditioning predict also gets the previous
-    x_0, zeros in the first step. The closure stores it, so every batch needs a denoiser of its own.
+    bound: a function that clips an estimate of x_0. learnt_variance_of: the solver's times, if extra is the
+    learnt share of the log-variance (iDDPM, Eq. 15); otherwise extra is not read. With self_conditioning
+    predict also gets the previous x_0, zeros in the first step. The closure stores it, so every batch needs a
+    denoiser of its own.
     """
     alpha_bar = F.pad(alpha_bar, (0, 1), value=1)  # alpha_bar[-1]: no noise is left
     times = [] if learnt_variance_of is None else learnt_variance_of.tolist()
@@ -217,11 +219,12 @@ def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None
         a_t = alpha_bar[t].to(x_t)
         batch_t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         more = [torch.zeros_like(x_t) if last is None else last] if self_conditioning else []
-        out, v = predict(x_t, batch_t, *more)
+        out, extra = predict(x_t, batch_t, *more)
         last = to_x_0(prediction, out, x_t, a_t)
         if bound is not None:
             last = bound(last)
-        return last, learnt_log_variance(v, alpha_bar[t], alpha_bar[after[t]]) if after else None
+        log_variance = learnt_log_variance(extra, alpha_bar[t], alpha_bar[after[t]]) if after else None
+        return last, log_variance
 
     return denoise
 
