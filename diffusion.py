@@ -1,9 +1,9 @@
 """Diffusion in equations: schedules, forward process, targets, solvers, guidance, seeded noise.
 
-A solver is solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0. timesteps (steps,) int64 descend; noise()
-returns fresh N(0, 1) like x_T; denoise(x_t, t) -> (x_0, log_variance or None), where t is an int, the same for
-the batch. What the network predicts, guidance, clipping and self-conditioning live in that closure (guided,
-denoiser). There is no network and no file here.
+A solver is solver(denoise, x_T, alpha_bar, timesteps, noise) -> x_0. timesteps (steps,) int64 descend;
+noise() returns fresh N(0, 1) like x_T; denoise(x_t, t) -> (x_0, log_variance or None), where t is an int, the
+same for the batch. What the network predicts, guidance, clipping and self-conditioning live in that closure
+(guided, denoiser). There is no network and no file here.
 alpha_bar is the product that the DDIM paper calls alpha.
 DDPM         arXiv:2006.11239  Eq. 4 q(x_t | x_0), Eq. 7 the posterior, Eq. 15 x_0 from eps
 DDIM         arXiv:2010.02502  Eq. 12
@@ -202,7 +202,7 @@ def guided(network, cond, null, guidance):
 
 
 def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None, self_conditioning=False):
-    """denoise(x_t, t) -> (x_0, log_variance or None) for a solver, from predict(x_t, t, ...) -> (output, extra).
+    """denoise(x_t, t) -> (x_0, log_variance or None), from predict(x_t, t, ...) -> (output, extra).
 
     bound: a function that clips an estimate of x_0. learnt_variance_of: the solver's times, if extra is the
     learnt share of the log-variance (iDDPM, Eq. 15); otherwise extra is not read. With self_conditioning
