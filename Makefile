@@ -1,24 +1,24 @@
 # `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-PRESET  ?= tiny
-OUT     ?= runs/msdm
-CKPT    ?= $(OUT)/best.safetensors
-PROMPT  ?= Generate an image with 2 polyps.
-SAMPLES ?= out/sample
-VALUES  := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS FLAGS
+VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
-$(foreach v,$(VALUES),$(if $(filter command environment,$(firstword $(origin $(v)))),$(eval override $(v) := $$(value $(v)))))
+$(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
+PRESET  := $(or $(PRESET),tiny)
 export $(VALUES)
 
 PY       := .venv/bin/python
 PHANTOM  := data/phantom/prompt-gt.csv
 SMALL    := data/phantom-small/prompt-gt.csv
 INSTALL  := .venv/installed
-needs     = @test -n "$$$(1)" || { echo "make $@ needs $(1)=$(2)"; exit 2; }
+OUT_MSDM := $${OUT:-runs/msdm}
+OUT22    := $${OUT:-runs/kandinsky22}
+OUT3     := $${OUT:-runs/kandinsky3}
+prompt    = $${PROMPT:-Generate an image with $(1).}
+needs     = @test -n "$$$(1)" || { echo "make $@ needs $(1)=$(2)" >&2; exit 2; }
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-20s%s\n", $$1, $$2 }' Makefile
 
 .venv/installed: requirements.txt constraints.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, python3 is %d.%d" % sys.version_info[:2])'
@@ -44,44 +44,50 @@ demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoenco
 	$(PY) sampler.py --ckpt runs/demo/msdm/best.safetensors --prompts docs/demo.txt -n 4 --solver dpmpp --steps 20 --grid --out out/demo
 	@echo "the sheet is out/demo/grid.png, a row for each line of docs/demo.txt"
 
-train-vae: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train the autoencoder on DATA (phantoms without it)
-	$(PY) vae.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --out "$$OUT/vae"
+# FLAGS are further flags of a target's last command: make train-msdm DATA=DIR FLAGS="--batch-size 8 --accumulate 2"
 
-train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM)) $(if $(VAE),,train-vae)  ## train MSDM on DATA, its autoencoder first unless VAE=FILE
-	$(PY) msdm.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --vae "$${VAE:-$$OUT/vae/best.safetensors}" \
-	  --out "$$OUT" $${STEPS:+--steps "$$STEPS"}
+TRAIN_VAE = $(PY) vae.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --out "$(OUT_MSDM)/vae"
+
+train-vae: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train the autoencoder on DATA (phantoms without it)
+	$(TRAIN_VAE) $(FLAGS)
+
+train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train MSDM on DATA, its autoencoder first unless VAE=FILE
+	$(if $(VAE),,$(TRAIN_VAE))
+	$(PY) msdm.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --vae "$${VAE:-$(OUT_MSDM)/vae/best.safetensors}" \
+	  --out "$(OUT_MSDM)" $${STEPS:+--steps "$$STEPS"} $(FLAGS)
 
 sample: $(INSTALL)  ## sample 16 images of PROMPT with CKPT into SAMPLES
-	$(PY) sampler.py --ckpt "$$CKPT" --prompt "$$PROMPT" -n 16 --grid --out "$$SAMPLES"
+	$(PY) sampler.py --ckpt "$${CKPT:-$(OUT_MSDM)/best.safetensors}" --prompt "$(call prompt,1 instrument)" -n 16 --grid \
+	  --out "$${SAMPLES:-out/sample}" $(FLAGS)
 
 metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WEIGHTS=FILE or rule)
 	$(call needs,REAL,FOLDER)
 	$(call needs,FAKE,FOLDER)
-	$(PY) metrics.py --real "$$REAL" --fake "$$FAKE" $${WEIGHTS:+--weights "$$WEIGHTS"}
+	$(PY) metrics.py --real "$$REAL" --fake "$$FAKE" $${WEIGHTS:+--weights "$$WEIGHTS"} $(FLAGS)
 
 # LoRA on Kandinsky: PRIOR, DECODER and KANDINSKY3 are published folders, or their names on the hub. FLAGS go to finetune.py.
 
-LORA22 = --data "$$DATA" --cache "$$OUT/cache" $(FLAGS)
-train-kandinsky22 train-kandinsky3: OUT := $(if $(filter file,$(origin OUT)),runs/$(subst train-,,$(firstword $(MAKECMDGOALS))),$(OUT))
+LORA22 = --data "$$DATA" --cache "$(OUT22)/cache" $(FLAGS)
+SMALL_SAMPLE = --prompt "$(call prompt,1 polyp)" -n 4 --dtype bfloat16 --batch-size 1 --grid
 
 train-kandinsky22: $(INSTALL)  ## LoRA on Kandinsky 2.2's prior and decoder: PRIOR, DECODER, DATA
 	$(call needs,PRIOR,FOLDER or kandinsky-community/kandinsky-2-2-prior)
 	$(call needs,DECODER,FOLDER or kandinsky-community/kandinsky-2-2-decoder)
 	$(call needs,DATA,FOLDER)
-	$(PY) finetune.py prior --model "$$PRIOR" --out "$$OUT/prior" $(LORA22)
-	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --out "$$OUT/decoder" $(LORA22)
-	$(PY) sampler.py --ckpt "$$PRIOR" --decoder "$$DECODER" --prior-lora "$$OUT/prior/best" --decoder-lora "$$OUT/decoder/best" \
-	  --prompt "$$PROMPT" -n 4 --grid --out "$$OUT/sample"
+	$(PY) finetune.py prior --model "$$PRIOR" --out "$(OUT22)/prior" $(LORA22)
+	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --out "$(OUT22)/decoder" $(LORA22)
+	$(PY) sampler.py --ckpt "$$PRIOR" --decoder "$$DECODER" --prior-lora "$(OUT22)/prior/best" \
+	  --decoder-lora "$(OUT22)/decoder/best" $(SMALL_SAMPLE) --out "$(OUT22)/sample"
 
 train-kandinsky3: $(INSTALL)  ## LoRA on Kandinsky 3's U-Net: KANDINSKY3, DATA
 	$(call needs,KANDINSKY3,FOLDER or kandinsky-community/kandinsky-3)
 	$(call needs,DATA,FOLDER)
-	$(PY) finetune.py unet3 --model "$$KANDINSKY3" --data "$$DATA" --out "$$OUT" $(FLAGS)
-	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$$OUT/best" --size 256 --prompt "$$PROMPT" -n 4 --grid --out "$$OUT/sample"
+	$(PY) finetune.py unet3 --model "$$KANDINSKY3" --data "$$DATA" --out "$(OUT3)" $(FLAGS)
+	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$(OUT3)/best" --size 256 --text-device cpu $(SMALL_SAMPLE) --out "$(OUT3)/sample"
 
 # The same commands on tiny checkpoints of random weights: they prove the machinery and sample noise.
 
-TRY   := --data data/phantom-small --steps 300 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 100
+TRY    := --data data/phantom-small --steps 300 --batch-size 16 --log-every 25 --save-every 100
 TINY22 := runs/tiny-kandinsky22
 TINY3  := runs/tiny-kandinsky3
 
@@ -89,16 +95,16 @@ $(TINY22) $(TINY3): | $(INSTALL)
 	$(PY) tests/tiny_kandinsky.py --kind $(if $(filter $(TINY3),$@),3,2.2) --out $@
 
 try-kandinsky22: $(INSTALL) $(SMALL) $(TINY22)  ## the commands of train-kandinsky22 on a tiny random model
-	$(PY) finetune.py prior --model $(TINY22)/prior --out runs/try-kandinsky22/prior $(TRY) $(FLAGS)
-	$(PY) finetune.py decoder --model $(TINY22)/decoder --prior $(TINY22)/prior --size 64 --out runs/try-kandinsky22/decoder $(TRY) $(FLAGS)
+	$(PY) finetune.py prior --model $(TINY22)/prior --out runs/try-kandinsky22/prior $(TRY) --lr 1e-3 $(FLAGS)
+	$(PY) finetune.py decoder --model $(TINY22)/decoder --prior $(TINY22)/prior --size 64 --out runs/try-kandinsky22/decoder $(TRY) --lr 1e-3 $(FLAGS)
 	$(PY) sampler.py --ckpt $(TINY22)/prior --decoder $(TINY22)/decoder --prior-lora runs/try-kandinsky22/prior/best \
-	  --decoder-lora runs/try-kandinsky22/decoder/best --size 64 --prompt "$$PROMPT" -n 4 --steps 20 --solver dpmpp --grid \
+	  --decoder-lora runs/try-kandinsky22/decoder/best --size 64 --prompt "$(call prompt,1 polyp)" -n 4 --steps 20 --solver dpmpp --grid \
 	  --out out/try-kandinsky22
 	@echo "the sheet is out/try-kandinsky22/grid.png"
 
 try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky3 on a tiny random model
 	$(PY) finetune.py unet3 --model $(TINY3) --size 64 --out runs/try-kandinsky3 $(TRY) --lr 3e-3 $(FLAGS)
-	$(PY) sampler.py --ckpt $(TINY3) --lora runs/try-kandinsky3/best --size 64 --prompt "$$PROMPT" -n 4 --steps 20 --solver dpmpp \
+	$(PY) sampler.py --ckpt $(TINY3) --lora runs/try-kandinsky3/best --size 64 --prompt "$(call prompt,1 polyp)" -n 4 --steps 20 --solver dpmpp \
 	  --grid --out out/try-kandinsky3
 	@echo "the sheet is out/try-kandinsky3/grid.png"
 
@@ -111,8 +117,8 @@ test: $(INSTALL)  ## ruff and pytest
 bench: $(INSTALL)  ## speed of the networks and metrics against this machine's matmul rate
 	$(PY) tests/bench.py
 
-clean:  ## remove what the commands made, but not the installation
-	rm -rf data/phantom data/phantom-small runs out .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+clean:  ## remove the built-in data and caches, but no run, no image and not the installation
+	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 try-kandinsky22 try-kandinsky3 sample \
   metrics test bench clean
