@@ -114,6 +114,12 @@ test: $(INSTALL)  ## ruff and pytest
 	.venv/bin/ruff check .
 	$(PY) -m pytest
 
+test-kill: $(INSTALL)  ## kill the commands a hundred times at random moments and let them go on: half an hour
+	$(PY) tests/resume_after_kill.py $(FLAGS)
+
+test-fuzz: $(INSTALL)  ## a thousand damaged and hostile files: half an hour
+	$(PY) tests/fuzz.py $(FLAGS)
+
 bench: $(INSTALL)  ## speed of the networks and metrics against this machine's matmul rate
 	$(PY) tests/bench.py
 
@@ -121,5 +127,5 @@ clean:  ## remove the built-in data and caches, but no run, no image and not the
 	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 try-kandinsky22 try-kandinsky3 sample \
-  metrics test bench clean
+  metrics test test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help

@@ -6,6 +6,7 @@ else from its prompts.
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -223,6 +224,8 @@ def train_classifier(images, labels, steps, seed=0, batch_size=64, lr=2e-3, devi
         schedule.step()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        raise BadInput("the classifier's training ended in NaN, expected finite weights; try another --seed")
     return net.eval()
 
 
@@ -257,9 +260,15 @@ def classifier_of(folder, records, images, labels, args):
             return net.to(args.device, memory_format=torch.channels_last).eval()
     began = time.perf_counter()
     net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
-    save_safetensors(file, net.state_dict(), made_of)
+    kept = f"in {file}"
+    try:
+        save_safetensors(file, net.state_dict(), made_of)
+    except OSError as error:                                # the table does not need the file
+        kept = "not kept"
+        print(f"the classifier is not kept: {file}: {error.strerror}; name another file with --classifier",
+              file=sys.stderr)
     print(f"classifier: {args.steps} steps on {len(images)} images of {folder}, "
-          f"{time.perf_counter() - began:.0f} s; in {file}")
+          f"{time.perf_counter() - began:.0f} s; {kept}")
     return net
 
 

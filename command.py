@@ -4,6 +4,7 @@ A command ends with status 0, 1 for a verdict (data.py check), 2 with one line f
 """
 
 import errno
+import math
 import os
 import re
 import sys
@@ -19,28 +20,49 @@ class BadInput(ValueError):
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
+# What torch says where memory is short: in a RuntimeError, or its subclass OutOfMemoryError on a GPU.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def run_command(main):
     """Run a script's main(): exit status 2 and one line on bad input, 130 on Ctrl-C.
 
-    Bad input is BadInput, or an OSError with a file name or in DISK_ERRORS. Others keep their traceback.
+    Bad input is BadInput, or an OSError with a file name or in DISK_ERRORS, or too little memory. Others keep
+    their traceback. A character that the console has not is printed as a question mark.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on where this one was", file=sys.stderr)
         sys.exit(130)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     except BrokenPipeError:  # the reader of a pipe has left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if not error.filename and error.errno not in DISK_ERRORS:
             raise
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in OUT_OF_MEMORY):
+            raise
+        _refuse(f"out of memory ({reason(error)}); a smaller --batch-size or --size, or in training a larger "
+                "--accumulate, needs less")
+
+
+def _refuse(error):
+    # A name or a key may hold line breaks and control characters: the message stays one line.
+    print("error:", "".join(c if c.isprintable() else "?" for c in str(error)), file=sys.stderr)
+    sys.exit(2)
+
+
+def reason(error):
+    """The first line of an exception's message; the name of its class where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def best_device(name="auto"):
@@ -59,5 +81,18 @@ def at_least_one(args, *names):
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            flag = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
-            raise BadInput(f"{flag} {value}: expected 1 or more")
+            raise BadInput(f"{_flag(name)} {value}: expected 1 or more")
+
+
+def check_range(args, low, high, *names):
+    """BadInput for a number that is not finite or outside [low, high], which may be infinite; None passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is None or (low <= value <= high and abs(value) != math.inf):  # NaN fails a comparison
+            continue
+        ends = [f"from {low}"] * (low != -math.inf) + [f"up to {high}"] * (high != math.inf)
+        raise BadInput(" ".join([f"{_flag(name)} {value}: expected a finite number", *ends]))
+
+
+def _flag(name):
+    return ("-" if len(name) == 1 else "--") + name.replace("_", "-")

@@ -10,18 +10,20 @@ never flipped, and their hue is never jittered.
 
 import argparse
 import csv
-import io
 import json
-import struct
+import os
 import sys
-from collections import Counter
+import time
+import unicodedata
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -29,15 +31,14 @@ from tqdm import tqdm
 
 import prompts as grammar
 from command import BadInput, run_command
-from files import file_hash, replacing, text_hash
+from files import load_safetensors, replacing, save_safetensors, text_hash
+from pixels import SIDE, look, note, open_image, preprocess
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 FILE_COLUMNS = ("filename", "file_name", "image")
-# What PIL raises on broken files, besides its own UnidentifiedImageError (an OSError).
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MAX_UNREADABLE = 0.05
-
+CLIP_WORDS = 62         # CLIP is given 64 tokens, two of them mark start and end; a word is one token or more
 
 @dataclass
 class Record:
@@ -57,7 +58,8 @@ def read_folder(folder, captions=None) -> list[Record]:
         if not all(prompts):
             raise BadInput(f"{source}, row {row}: the prompt is empty")
         if path is None:
-            raise BadInput(f"{source}, row {row}: no image {name!r} in {image_folder(folder)}")
+            raise BadInput(f"{source}, row {row}: no image {name!r} in {image_folder(folder)}"
+                           + hint(name, other_files(folder)))
         records.setdefault(path.name, Record(path, path.name, [])).prompts.extend(prompts)
     if not records:
         raise BadInput(f"{source}: no rows, expected a prompt and a file name in each")
@@ -85,19 +87,43 @@ def list_images(folder) -> list[Path]:
 
 
 def files_in(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    """The images of a folder, sorted. No folders and pipes: a pipe would be waited for. A link to nowhere is
+    one of them, an unreadable one."""
+    named = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in named if p.is_file() or not p.exists())
+
+
+def other_files(folder) -> set[str]:
+    """Names, as plain_name writes them, of the files in images/ whose endings are not read."""
+    found = (p for p in image_folder(folder).iterdir() if not p.name.startswith("."))
+    return {plain_name(p.name) for p in found if p.suffix.lower() not in SUFFIXES and p.is_file()}
+
+
+def hint(name, others):
+    """What to add to the name of an image that is not found."""
+    there = plain_name(name) in others
+    return f": the file is there, but only {', '.join(SUFFIXES)} are read" if there else ""
+
+
+def plain_name(name):
+    """One spelling of a file name: Windows writes images\\a.png, macOS an accent behind its letter."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./").removeprefix("images/")
 
 
 def image_finder(folder):
-    """find(name) -> path of an image named with or without its ending, or None."""
-    by_name, by_stem = {}, {}
+    """find(name) -> path of an image named with or without its ending, or None.
+
+    A name is looked up among the files of images/ and never becomes a path: it cannot leave that folder.
+    """
+    by_name, by_spelling, by_stem = {}, {}, {}
     for path in list_images(folder):
-        by_name[path.name] = path
-        by_stem.setdefault(path.stem, []).append(path)
+        by_name[path.name] = [path]
+        by_spelling.setdefault(plain_name(path.name), []).append(path)
+        by_stem.setdefault(plain_name(path.stem), []).append(path)
 
     def find(name):
-        name = name.removeprefix("images/")
-        paths = [by_name[name]] if name in by_name else by_stem.get(name, [])
+        plain = plain_name(name)
+        paths = by_name.get(name) or by_spelling.get(plain) or by_stem.get(plain, [])
         if len(paths) > 1:
             raise BadInput(f"{paths[0].parent}: {name!r} may be any of {', '.join(p.name for p in paths)}")
         return paths[0] if paths else None
@@ -132,29 +158,43 @@ def read_text(path):
 def csv_rows(path, *columns):
     """(row number, [field of each column]) of every nonempty row. Row 1 is the header.
 
-    columns: (spellings, required) of each; a field of an absent column is None.
+    columns: (spellings, required) of each; a field of an absent column is None. A row is one line: a quoted
+    field that goes on in the next line looks the same as a forgotten quote, which would swallow rows.
     """
-    text = read_text(path)
-    first = (text.splitlines() or [""])[0]
+    first, *lines = read_text(path).split("\n")
     delimiter = ";" if ";" in first else ","
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    header = [c.lower() for c in csv_fields(path, 1, first, delimiter)]
+    places = [next((header.index(c) for c in names if c in header), None) for names, _ in columns]
+    for place, (names, needed) in zip(places, columns, strict=True):
+        if needed and place is None:
+            raise BadInput(f"{path}, row 1: expected a column {' or '.join(names)}, got {first[:80]!r}")
+    for row, line in enumerate(lines, 2):
+        fields = csv_fields(path, row, line, delimiter)
+        if not any(fields):
+            continue
+        if len(fields) != len(header):
+            why = f"got {len(fields)}; a prompt that holds a {delimiter!r} must be quoted"
+            if len(fields) > len(header) and not any(fields[len(header):]):
+                why = f"got {len(fields)}, the last ones empty: a {delimiter!r} too many"
+            raise BadInput(f"{path}, row {row}: expected {len(header)} field{'s' * (len(header) > 1)}, {why}")
+        yield row, [None if place is None else fields[place] for place in places]
+
+
+def csv_fields(path, row, line, delimiter):
+    """The fields of one line of a csv file, without the space around them.
+
+    Quotes that are not csv's, as around the first word of a prompt, are kept as they are.
+    """
+    if len(line) > 100_000:
+        raise BadInput(f"{path}, row {row}: a line of {len(line)} characters, expected a prompt and a name")
     try:
-        header = [c.strip().lower() for c in next(rows, [])]
-        places = [next((header.index(c) for c in names if c in header), None) for names, _ in columns]
-        for place, (names, needed) in zip(places, columns, strict=True):
-            if needed and place is None:
-                raise BadInput(f"{path}, row 1: expected a column {' or '.join(names)}, got {first[:80]!r}")
-        for fields in rows:
-            fields = [f.strip() for f in fields]
-            if not any(fields):
-                continue
-            if len(fields) != len(header):
-                raise BadInput(f"{path}, row {rows.line_num}: "
-                               f"expected {len(header)} field{'s' * (len(header) > 1)}, "
-                               f"got {len(fields)}; a prompt that holds a {delimiter!r} must be quoted")
-            yield rows.line_num, [None if place is None else fields[place] for place in places]
-    except csv.Error as error:
-        raise BadInput(f"{path}, row {rows.line_num}: not a CSV row ({error})") from None
+        parsed = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+        return [field.strip() for field in next(parsed, [])]
+    except csv.Error:
+        if line.count('"') % 2 == 0:
+            return [field.strip() for field in line.split(delimiter)]
+        raise BadInput(f"{path}, row {row}: a quote is not closed in its line; expected one line a prompt, "
+                       f'where "" stands for a quote inside quotes, got {line[:80]!r}') from None
 
 
 def read_csv(path):
@@ -191,7 +231,7 @@ def read_jsonl(path):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BadInput(f"{path}, row {i}: not JSON ({error})") from None
         row = {k.lower(): v for k, v in row.items()} if isinstance(row, dict) else {}
         name = next((row[c] for c in FILE_COLUMNS if c in row), None)
@@ -203,64 +243,15 @@ def read_jsonl(path):
         yield i, name, [prompt.strip() for prompt in prompts]
 
 
-# Pixels
+# Images
 
 
-def open_image(path) -> Image.Image:
-    """An image as 8-bit RGB, upright: EXIF rotation applied, transparency over black, 16 bits scaled down."""
-    try:
-        with Image.open(path) as img:
-            img.load()
-            return to_rgb(ImageOps.exif_transpose(img))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such image") from None
-    except UnidentifiedImageError:
-        why = "is no JPEG or PNG" if Path(path).stat().st_size else "is empty"
-        raise BadInput(f"{path}: the file {why}") from None
-    except UNREADABLE as error:
-        raise BadInput(f"{path}: cannot be read as an image ({error})") from None
-
-
-def to_rgb(img):
-    if img.mode.startswith("I"):                            # 16-bit grey PNG; PIL itself would clip it at 255
-        grey = np.asarray(img).astype(np.int64) // 257
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if "A" in img.getbands() or "transparency" in img.info:
-        img = img.convert("RGBA")
-        black = Image.new("RGB", img.size)
-        black.paste(img, mask=img.getchannel("A"))
-        return black
-    return img.convert("RGB")
-
-
-def preprocess(img, size, crop="pad", rng=None) -> np.ndarray:
-    """RGB image -> uint8 (size, size, 3) by PIL's bicubic resize, which is antialiased.
-
-    "pad" keeps the whole image, centred on a black square: a prompt may name anything in it. "center" and
-    "random" cut out a square of the short side, as the paper does, "random" at a place drawn from rng, a
-    numpy Generator.
-    """
-    w, h = img.size
-    if crop == "pad":
-        side = max(w, h)
-        square = Image.new("RGB", (side, side))
-        square.paste(img, ((side - w) // 2, (side - h) // 2))
-    else:
-        side = min(w, h)
-        x, y = (w - side) // 2, (h - side) // 2
-        if crop == "random":
-            x, y = int(rng.integers(w - side + 1)), int(rng.integers(h - side + 1))
-        elif crop != "center":
-            raise ValueError(f'expected crop "pad", "center" or "random", got {crop!r}')
-        square = img.crop((x, y, x + side, y + side))
-    return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
+def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, total=None):
     """(uint8 tensor (n, 3, size, size), the records that could be read), in order.
 
     Unreadable images are named on stderr and left out; more than 5 % of them are an error, with
-    on_bad="raise" one is. A random crop is drawn once for each image, from seed and its index in records.
+    on_bad="raise" one is. total: the number of images that the 5 % are of, where records are a part of them,
+    as the few held out are. A random crop is drawn once for each image, from seed and its index in records.
     """
     out = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
 
@@ -279,9 +270,11 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0):
     bad = [e for e in errors if e]
     for error in bad:
         tqdm.write(f"skipped {error}", file=sys.stderr)
-    if len(bad) > MAX_UNREADABLE * len(records):
-        raise BadInput(f"{records[0].path.parent}: {len(bad)} of {len(records)} images cannot be read, "
-                       f"more than 5 %; the first: {bad[0]}")
+    total = total or len(records)
+    if len(bad) > MAX_UNREADABLE * total or bad and len(bad) == len(records):
+        raise BadInput(f"{records[0].path.parent}: {len(bad)} of {len(records)} images cannot be read, more "
+                       f"than 5 %{f' of {total}' * (total != len(records))}; "
+                       f"the first: {bad[0]}")
     if not bad:
         return out, list(records)
     print(f"skipped {len(bad)} unreadable images of {len(records)}", file=sys.stderr)
@@ -295,7 +288,10 @@ def to_float(images):
 
 
 def to_uint8(img):
-    """Float images, clamped to [-1, 1], as uint8 on the CPU."""
+    """Float images, clamped to [-1, 1], as uint8 on the CPU; BadInput for NaN or infinity."""
+    if not img.isfinite().all():
+        raise BadInput("an image with values that are not finite: another --dtype (bfloat16, float32), a "
+                       "smaller --guidance or another adapter")
     return ((img.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -305,10 +301,26 @@ def batches(n, size):
 
 
 def in_parallel(function, n, workers, what):
-    """[function(0), ..., function(n - 1)] on threads: PIL releases the GIL. A bar appears after 2 s."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        bar = tqdm(pool.map(function, range(n)), what, n, unit="image", delay=2, leave=False, disable=None)
-        return list(bar)
+    """[function(0), ..., function(n - 1)] on threads. A bar appears after 2 s."""
+    done = read_ahead(function, n, workers, ahead=4 * max(1, workers))
+    return list(tqdm(done, what, n, unit="image", delay=2, leave=False, disable=None))
+
+
+def read_ahead(function, n, workers, ahead):
+    """function(0), ..., function(n - 1) in order, computed on threads, at most `ahead` before they are due.
+
+    PIL releases the GIL, and threads need no shared memory, of which containers have little.
+    """
+    pool, waiting = ThreadPoolExecutor(max(1, workers)), deque()
+    try:
+        for i in range(n):
+            waiting.append(pool.submit(function, i))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # Training
@@ -320,19 +332,58 @@ def split(records, fraction=0.1, seed=2204, groups=None):
     metrics too.
 
     groups: lists of indices into records that stay together; by default the near-duplicates among the images.
+    Where large groups would spoil the sizes, others are held out, as near to the fraction as groups allow and
+    never above three times of it; where no group fits, they are divided. A line on stderr says so.
     """
     if not 0 <= fraction < 1:
         raise BadInput(f"validation fraction: expected a number in [0, 1), got {fraction}")
-    n_val = round(fraction * len(records)) or int(fraction > 0 and len(records) > 1)
+    n = len(records)
+    n_val = round(fraction * n) or int(fraction > 0 and n > 1)
     rank = [text_hash(seed, r.name) for r in records]
-    for group in near_duplicates(records) if groups is None else groups:
-        if len(group) <= len(records) - n_val:              # else the training part would be empty
-            first = min(rank[i] for i in group)
-            for i in group:
-                rank[i] = first
-    last = sorted(rank)[n_val - 1] if n_val else ""         # the rank that completes the validation part
-    train = [r for r, k in zip(records, rank, strict=True) if k > last]
-    return train, [r for r, k in zip(records, rank, strict=True) if k <= last]
+    groups = near_duplicates(records) if groups is None else groups
+    grouped = {i for group in groups for i in group}
+    units = [list(group) for group in groups] + [[i] for i in range(n) if i not in grouped]
+    units.sort(key=lambda unit: min(rank[i] for i in unit))
+    held = {i for unit in hold_out(units, n_val, min(n - 1, max(n_val, int(3 * fraction * n)))) for i in unit}
+    largest, why = max(map(len, groups), default=0), "near-duplicates stay together"
+    if n_val and not held:
+        held, why = set(sorted(range(n), key=rank.__getitem__)[:n_val]), "near-duplicates are on both sides"
+    if n_val and (abs(len(held) - n_val) >= max(2, 0.15 * n_val) or largest > n_val or "both" in why):
+        note(records[0].path.parent, "split", f"{records[0].path.parent}: {len(held)} of {n} images are held "
+             f"out, {n_val} were asked for; {why}, the largest group has {largest} images")
+    sides = [[r for i, r in enumerate(records) if (i in held) == side] for side in (False, True)]
+    return sides[0], sides[1]
+
+
+def hold_out(units, n_val, most):
+    """Those units, lists that stay whole, that make up n_val images, or as near to it as they can, and at
+    most `most`. The first ones in order where that comes out."""
+    taken, count = [], 0
+    for unit in units:
+        if count < n_val:
+            taken, count = [*taken, unit], count + len(unit)
+    if count <= min(most, n_val + max(1, 0.15 * n_val)):
+        return taken
+    taken, count = [], 0
+    for unit in units:                                      # the same without those that are too large
+        if count + len(unit) <= n_val:
+            taken, count = [*taken, unit], count + len(unit)
+    if count == n_val:
+        return taken
+    of_size = {}
+    for unit in units:
+        of_size.setdefault(len(unit), []).append(unit)
+    last = {0: 0}                                           # sums of sizes that can be reached, by which size
+    for size, same in sorted(of_size.items()):
+        used = {}
+        for total in range(size, most + 1):
+            if total not in last and total - size in last and used.get(total - size, 0) < len(same):
+                last[total], used[total] = size, used.get(total - size, 0) + 1
+    taken, total = [], min(last, key=lambda t: (not t, abs(t - n_val), t))
+    while total:
+        taken.append(of_size[last[total]].pop(0))
+        total -= last[total]
+    return taken
 
 
 def near_duplicates(records, workers=2) -> list[list[int]]:
@@ -342,32 +393,97 @@ def near_duplicates(records, workers=2) -> list[list[int]]:
     subtracting a blur of 1.5 thumbnail pixels, have a correlation above 0.95. In Kvasir-SEG true pairs have
     at least 0.969, all others at most 0.868; 4,000 phantoms at most 0.941.
     """
-    side = 24
+    first, detail = {}, []                                  # of equal thumbnails, one image stands for all
+    thumbnails = np.stack([t for _, t in seen(records, workers)]) if records else np.empty((0, SIDE, SIDE))
+    same = [first.setdefault(t.tobytes(), i) for i, t in enumerate(thumbnails)]
+    for part in batches(len(thumbnails), 4096):
+        x = thumbnails[part].astype(np.float32)
+        x = torch.from_numpy(x - gaussian_filter(x, (0, 1.5, 1.5))).flatten(1)
+        x = x - x.mean(1, keepdim=True)
+        norm = x.norm(dim=1, keepdim=True)
+        index = torch.arange(part.start, part.stop)
+        keep = (norm[:, 0] > SIDE) & (torch.tensor(same[part]) == index)
+        detail.append((x[keep] / norm[keep], index[keep]))  # under one grey level of detail: of none
+    if not detail:
+        return []
+    x, index = (torch.cat(parts) for parts in zip(*detail, strict=True))
+    n, place = len(x), {int(i): k for k, i in enumerate(index)}
+    group = torch.arange(n)                                 # of each, one of its members stands for it
+    strips = batches(n, max(64, min(1024, 2 ** 22 // max(n, 1))))           # at most 50 MB at a time
+    for part in tqdm(strips, "near-duplicates", unit="strip", delay=2, leave=False, disable=None):
+        close = (x[part] @ x[part.start:].T > 0.95) & (group[part, None] != group[part.start:])
+        if close.any():
+            links = torch.cat([close.nonzero() + part.start, torch.stack([torch.arange(n), group], 1)]).T
+            graph = coo_array((np.ones(links.shape[1], bool), links.numpy()), shape=(n, n))
+            label = connected_components(graph, directed=False)[1]
+            group = torch.from_numpy(np.unique(label, return_index=True)[1][label])
+    groups = {}
+    for i, k in enumerate(same):
+        if k in place:
+            groups.setdefault(int(group[place[k]]), []).append(i)
+    return [g for g in groups.values() if len(g) > 1]
 
-    def thumbnail(i):
-        try:
-            with Image.open(records[i].path) as img:
-                img.draft("L", (2 * side, 2 * side))        # a JPEG is decoded at a fraction of its size
-                grey = to_rgb(img).convert("L")
-                return np.asarray(grey.resize((side, side), Image.Resampling.BOX), np.float32)
-        except UNREADABLE:
-            return np.zeros((side, side), np.float32)       # a duplicate of none
 
+remembered = {}
+
+
+def seen(records, workers=2) -> list[tuple]:
+    """(SHA-256 as 32 bytes, grey thumbnail, uint8 (24, 24)) of each image file; zeros where it is unreadable.
+
+    They are kept in .features beside the data folder, by name, size and times, so that only new files are
+    read. Where that cannot be written, a note says so, and they are computed anew in each process.
+    """
     if not records:
         return []
-    x = np.stack(in_parallel(thumbnail, len(records), workers, "comparing images"))
-    x = torch.from_numpy(x - gaussian_filter(x, (0, 1.5, 1.5))).flatten(1)
-    x = x - x.mean(1, keepdim=True)
-    norm = x.norm(dim=1, keepdim=True)
-    x = torch.where(norm > side, x / norm, 0)           # under one grey level of detail: a duplicate of none
-    strips = range(0, len(x), 1024)
-    pairs = torch.cat([(x[i:i + 1024] @ x[i:].T > 0.95).nonzero() + i for i in strips]).numpy()
-    links = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(x), len(x)))
-    group_of = connected_components(links, directed=False)[1]
-    groups = {}
-    for i, g in enumerate(group_of):
-        groups.setdefault(g, []).append(i)
-    return [g for g in groups.values() if len(g) > 1]
+    folder = records[0].path.absolute().parent
+    folder = folder.parent if folder.name == "images" else folder
+    file = folder.parent / ".features" / f"{folder.name}.seen.safetensors"
+    if file not in remembered:
+        remembered[file] = read_seen(file)
+    known, keys = remembered[file], [stat_key(r.path) for r in records]
+    new = [i for i, r in enumerate(records) if keys[i] is None or known.get(r.name, [None])[0] != keys[i]]
+    found = in_parallel(lambda i: look(records[new[i]].path), len(new), workers, "comparing images")
+    out = dict(zip(new, found, strict=True))
+    keep = {records[i].name: (keys[i], *out[i]) for i in new if keys[i] and any(out[i][0])}
+    if keep:
+        known |= keep
+        write_seen(file, known)
+    return [out[i] if i in out else known[r.name][1:] for i, r in enumerate(records)]
+
+
+def stat_key(path):
+    """Size in bytes and times in ns of a file: a copy may keep the time of the file that it replaces, but not
+    the time of change. None where there is no such file, or where it is so new that another change might
+    have the same time."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    new = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < 50_000_000
+    return None if new else (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def read_seen(file) -> dict:
+    """{name: (size and times, hash, thumbnail)} of such a file; empty where there is none or another's."""
+    try:
+        tensors, metadata = load_safetensors(file)
+        hashes, thumbnails = tensors["hash"].numpy(), tensors["thumbnail"].numpy()
+        if hashes.shape[1:] != (32,) or thumbnails.shape[1:] != (SIDE, SIDE):
+            return {}
+        return {name: (tuple(key), h.astype(np.uint8).tobytes(), t.astype(np.uint8))
+                for (name, *key), h, t in zip(metadata["files"], hashes, thumbnails, strict=True)}
+    except (BadInput, OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def write_seen(file, known):
+    hashes = np.stack([np.frombuffer(h, np.uint8) for _, h, _ in known.values()])
+    tensors = {"hash": torch.from_numpy(hashes),
+               "thumbnail": torch.from_numpy(np.stack([t for _, _, t in known.values()]))}
+    try:
+        save_safetensors(file, tensors, {"files": [[name, *v[0]] for name, v in known.items()]})
+    except (OSError, ValueError) as error:                  # ValueError: a folder's name that is not UTF-8
+        note(file, "cache", f"not cached: {file}: {getattr(error, 'strerror', None) or error}")
 
 
 def augment(images, generator, amount=0.4):
@@ -395,17 +511,39 @@ def drop_context(prompts, p, generator) -> list[str]:
 
 
 def fingerprint(records) -> str:
-    """Hash of names, file sizes in bytes and prompts: a resumed run compares it with its data folder's."""
-    return text_hash(*(json.dumps([r.name, r.path.stat().st_size, r.prompts]) for r in records))
+    """Hash of names, contents and prompts: a resumed run compares it with its data folder's."""
+    return text_hash(image_fingerprint(records), *(json.dumps([r.name, r.prompts]) for r in records))
+
+
+def image_fingerprint(records) -> str:
+    """Hash of names and contents of the images alone: what is computed from pixels depends on it."""
+    contents = seen(records)
+    return text_hash(*(json.dumps([r.name, h.hex()]) for r, (h, _) in zip(records, contents, strict=True)))
 
 
 # Writing
 
 
-def write_image(path, pixels):
-    """uint8 (h, w, 3) into a PNG, atomically."""
+def write_image(path, pixels, text=None):
+    """uint8 (h, w, 3) into a PNG, atomically; text: a dict of strings to keep in it."""
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value.encode("utf-8", "replace").decode())
     with replacing(path) as tmp:
-        Image.fromarray(np.asarray(pixels)).save(tmp, "PNG")
+        Image.fromarray(np.asarray(pixels)).save(tmp, "PNG", pnginfo=chunks)
+
+
+def check_writable(**files):
+    """BadInput for a file of a flag that cannot be written: said before the work, not after it."""
+    for flag, path in files.items():
+        if path is not None and not can_write(path):
+            raise BadInput(f"--{flag.replace('_', '-')} {path}: cannot be written there; name another place")
+
+
+def can_write(path):
+    path = Path(path).absolute()
+    folder = next(p for p in path.parents if p.exists())    # the folders between are made
+    return not path.is_dir() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def write_grid(path, images, columns=None, gap=2):
@@ -434,10 +572,10 @@ def write_captions(folder, rows):
 def check(folder, captions, workers):
     """Print what a data folder holds; returns the exit status, 1 if it is unusable for training."""
     source = captions_file(folder, captions)
-    records, missing, empty = {}, [], []
+    records, missing, empty, others = {}, [], [], other_files(folder)
     for row, name, path, prompts in read_rows(folder, source):
         if path is None:
-            missing.append(f"row {row}: {name}")
+            missing.append(f"row {row}: {name}{hint(name, others)}")
         elif not all(prompts):
             empty.append(f"row {row}: {name}")
         else:
@@ -446,31 +584,41 @@ def check(folder, captions, workers):
 
     def inspect(i):
         try:
-            return open_image(records[i].path).size, file_hash(records[i].path)
+            return open_image(records[i].path).size
         except BadInput as error:
-            return str(error), None
+            return str(error)
 
-    found = in_parallel(inspect, len(records), workers, "reading images")      # (size, hash) or (error, None)
-    unreadable = [error for error, h in found if h is None]
-    sizes = Counter(f"{size[0]}x{size[1]}" for size, h in found if h)
+    found = in_parallel(inspect, len(records), workers, "reading images")      # a size or an error
+    unreadable = [error for error in found if isinstance(error, str)]
+    sizes = Counter(f"{size[0]}x{size[1]}" for size in found if not isinstance(size, str))
     same = {}
-    for record, (_, h) in zip(records, found, strict=True):
-        if h:
+    for record, (h, _), size in zip(records, seen(records, workers), found, strict=True):
+        if not isinstance(size, str):
             same.setdefault(h, []).append(record.name)
     same = [" = ".join(names) for names in same.values() if len(names) > 1]
-    near = [" ~ ".join(records[i].name for i in g) for g in near_duplicates(records, workers)]
+    groups = near_duplicates(records, workers)
+    near = [" ~ ".join(records[i].name for i in g) for g in groups]
+    held_out = split(records, groups=groups)[1] if records else []
     texts = Counter(prompt for r in records for prompt in r.prompts)
     unknown = [f"{n} x {text}" for text, n in texts.most_common() if not grammar.parse(text)]
-    unnamed = [p.name for p in list_images(folder) if p.name not in {r.name for r in records}]
+    names = {r.name for r in records}
+    unnamed = [p.name for p in list_images(folder) if p.name not in names]
+    cut = {text: text.split()[CLIP_WORDS:] for text in texts if len(text.split()) > CLIP_WORDS}
+    cut = [f"{texts[text]} x without: {' '.join(lost[:6])}" for text, lost in cut.items()]
     counts = [len(r.prompts) for r in records] or [0]
 
     print(f"{source}\n{len(records)} images, {sum(counts)} prompts, {len(texts)} distinct, "
           f"{min(counts)} to {max(counts)} an image, {np.mean(counts):.1f} on average")
     print(f"{len(sizes)} sizes, most often " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
+    print(f"{len(held_out)} images would be held out of training, the largest group of near-duplicates has "
+          f"{max(map(len, groups), default=0)}")
     for what, names in (("rows without their image", missing), ("rows with an empty prompt", empty),
                         ("unreadable images", unreadable), ("images without a prompt", unnamed),
+                        (f"files that are not read, only {', '.join(SUFFIXES)} are", sorted(others)),
                         ("exact duplicates", same), ("groups of near-duplicates, kept in one split", near),
-                        ("distinct prompts outside the grammar", unknown)):
+                        ("distinct prompts outside the grammar", unknown),
+                        (f"distinct prompts of more than {CLIP_WORDS} words, which CLIP cuts (a lower bound: "
+                         "a word may be several tokens)", cut)):
         more = [f"and {len(names) - 20} more"] * (len(names) > 20)
         print("\n    ".join([f"{len(names)} {what}", *names[:20], *more]))
     faults = [what for what, bad in (("images are missing", missing), ("prompts are empty", empty),

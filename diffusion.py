@@ -256,7 +256,11 @@ def seeded_noise(seeds):
 
 
 def sample_in_batches(sample_batch, prompts, seed, batch_size, **settings):
-    """uint8 (len(prompts), 3, h, w) of sample_batch(prompts, seeds, **settings); image i has seed + i."""
+    """uint8 (len(prompts), 3, h, w) of sample_batch(prompts, seeds, **settings); image i has seed + i.
+
+    One string is one prompt.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     parts = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
     images = [sample_batch([prompts[i] for i in p], [seed + i for i in p], **settings) for p in parts]
     return torch.cat(images)

@@ -11,14 +11,20 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import secrets
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from command import BadInput
+from command import BadInput, reason
+
+LARGEST_JSON = 64 << 20  # bytes; configs and indices of weights are far smaller
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs has for a large file
 
 
 @contextlib.contextmanager
@@ -26,21 +32,60 @@ def replacing(path):
     """`with replacing(path) as tmp:` writes tmp, then renames it to path; on an error path is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    tmp = _beside(path)
     try:
         yield tmp
         os.replace(tmp, path)
+    except OSError as error:  # of a full disk, say: it names no file, or tmp
+        if error.errno and error.filename in (None, str(tmp), tmp):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def read_json(path):
+def _beside(path):
+    # The random part: processes of two containers that share a folder may have the same number.
+    return path.with_name(f".{path.stem}.{os.getpid()}{secrets.randbelow(10**6):06d}{path.suffix}")
+
+
+def remove_unfinished(folder, *patterns):
+    """Remove what killed processes left unfinished (replacing) of files whose names match the patterns."""
+    for path in Path(folder).glob(".*"):
+        left = re.fullmatch(r"\.(.+)\.(\d+)\d{6}(\.\w+)", path.name)
+        ours = left and any(fnmatch(left[1] + left[3], pattern) for pattern in patterns)
+        if ours and not _is_running(int(left[2])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid):
+    if os.name != "posix":  # there a signal 0 is not a question
+        return False
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
+        os.kill(pid, 0)
+    except OverflowError:
+        return False
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict; BadInput for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise BadInput(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: not a JSON file ({error})") from None
+    except RecursionError:
+        raise BadInput(f"{path}: not a JSON file that can be read: brackets too deep") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object in braces, got a {type(value).__name__}")
+    return value
 
 
 def write_json(path, value):
@@ -48,27 +93,49 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def create_json(path, value):
+    """write_json if there is no such file; whether it was written. Of two processes at once, one writes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = _beside(path)
+    try:
+        write_json(tmp, value)
+        os.link(tmp, path)  # fails where there is one, which a rename does not
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        if path.exists():
+            return False
+        write_json(path, value)
+    finally:
+        tmp.unlink(missing_ok=True)
+    return True
+
+
 def save_safetensors(path, tensors: dict, metadata: dict | None = None):
     """Tensors and JSON-able metadata into one safetensors file, atomically."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as tmp:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask says; safetensors' own files are for their owner alone
         try:
             save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
         except SafetensorError as error:  # a full disk, a folder that may not be written
             raise OSError(errno.EIO, str(error), str(path)) from None
+        tmp.chmod(mode)
 
 
 def load_safetensors(path, device="cpu"):
     """(tensors, metadata) of any safetensors file; metadata are strings unless save_safetensors wrote it."""
     with _open(path, device) as f:
-        metadata = _metadata(f)
+        metadata = _metadata(f, path)
         return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118 - not a dict
 
 
 def load_metadata(path):
     """The metadata alone, without reading a tensor."""
     with _open(path, "cpu") as f:
-        return _metadata(f)
+        return _metadata(f, path)
 
 
 @contextlib.contextmanager
@@ -79,12 +146,28 @@ def _open(path, device):
         with safe_open(path, "pt", device=str(device)) as f:
             yield f
     except SafetensorError as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error})") from None
+        refuse_pointer(path)
+        raise BadInput(f"{path}: not a whole safetensors file ({reason(error)})") from None
 
 
-def _metadata(f):
+def refuse_pointer(path):
+    """BadInput for a git-lfs pointer, which a clone without git-lfs has in place of a large file."""
+    with open(path, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise BadInput(f"{path}: a git-lfs pointer instead of the file: run `git lfs pull` in its folder")
+
+
+def _metadata(f, path):
     metadata = f.metadata() or {}
-    return json.loads(metadata["json"]) if metadata.keys() == {"json"} else metadata
+    if metadata.keys() != {"json"}:
+        return metadata
+    try:
+        metadata = json.loads(metadata["json"])
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise BadInput(f"{path}: expected a JSON object as its metadata: not a file of this project")
+    return metadata
 
 
 def read_state(path):
@@ -94,10 +177,15 @@ def read_state(path):
         return load_safetensors(path)[0]
     if not path.is_file():
         raise BadInput(f"{path}: no such file, expected weights (.safetensors or .pth)")
+    refuse_pointer(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise BadInput(f"{path}: not a file of tensors only ({str(error).splitlines()[0]})") from None
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError:  # its message advises to unpickle
+        raise BadInput(f"{path}: not a file of tensors only: the rest is not unpickled") from None
+    except Exception as error:  # the reader of a damaged file fails in many ways
+        raise BadInput(f"{path}: not a file of tensors only ({reason(error):.200})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise BadInput(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
@@ -105,38 +193,73 @@ def read_state(path):
 
 
 def file_hash(path):
-    """SHA-256 of a file, as 64 hex digits."""
+    """SHA-256 of a file, as 64 hex digits; that of a large file is remembered until the file changes."""
+    path = Path(path)
+    return _remembered_hash(path) if path.stat().st_size >= 1 << 20 else _hash(path)
+
+
+def folder_hash(folder):
+    """text_hash over the names and the hashes of all files below a folder, but hidden files and folders."""
+    names = (f.relative_to(folder) for f in Path(folder).rglob("*") if f.is_file())
+    names = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    if not names:
+        raise BadInput(f"{folder}: expected a folder with files of a model")
+    return text_hash(*(part for name in names for part in (name, _remembered_hash(Path(folder) / name))))
+
+
+def _hash(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def folder_hash(folder):
-    """text_hash over the names and the hashes of all files below a folder."""
-    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and not f.name.startswith("."))
-    if not files:
-        raise BadInput(f"{folder}: expected a folder with files of a model")
-    return text_hash(*(part for f in files for part in (f.relative_to(folder), file_hash(f))))
+def _remembered_hash(path):
+    """_hash, kept in the user's cache beside the file's size and times, so that a checkpoint is read once."""
+    path = path.resolve()
+    stat = path.stat()
+    state = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    note = cache / "msdm/hashes" / f"{text_hash(path)}.json"
+    with contextlib.suppress(BadInput, OSError):  # nothing is known yet, or the cache cannot be read
+        known = read_json(note)
+        if known.get("file") == state and isinstance(known.get("sha256"), str):
+            return known["sha256"]
+    found = _hash(path)
+    with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+        write_json(note, {"file": state, "sha256": found})
+    return found
 
 
 def text_hash(*texts):
     """SHA-256 over strings, each ended by a zero byte, as 16 hex digits: the key of a cache."""
     h = hashlib.sha256()
     for text in texts:
-        h.update(str(text).encode() + b"\0")
+        h.update(str(text).encode(errors="surrogatepass") + b"\0")  # a file's name need not be UTF-8
     return h.hexdigest()[:16]
 
 
 def cached(path, make, write=True):
-    """(tensors, metadata) of a safetensors file; if absent or broken, of make(), which are saved to it."""
+    """(tensors, metadata) of a safetensors file; if absent or broken, of make(), which are saved to it.
+
+    Broken is also a file that holds NaN or infinity: what is made was checked.
+    """
     try:
-        return load_safetensors(path)
+        tensors, metadata = load_safetensors(path)
+        if all(v.isfinite().all() for v in tensors.values()):
+            return tensors, metadata
+        print(f"{path}: holds values that are not finite, made again", file=sys.stderr)
     except BadInput:
-        tensors, metadata = make()
+        pass
+    tensors, metadata = make()
     # Equal to those of the file, even in their strides.
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     if write:
-        try:
-            save_safetensors(path, tensors, metadata)
-        except OSError as error:
-            print(f"not cached: {path}: {error.strerror}", file=sys.stderr)
+        save_or_say(path, tensors, metadata)
     return tensors, metadata
+
+
+def save_or_say(path, tensors, metadata=None):
+    """save_safetensors into a cache, which may be read-only or full: then a line says so."""
+    try:
+        save_safetensors(path, tensors, metadata)
+    except OSError as error:
+        print(f"not cached: {path}: {error.strerror}", file=sys.stderr)

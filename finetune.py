@@ -43,6 +43,7 @@ from kandinsky import (
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers, lr_factor
+from runfolder import check_finite
 from weights import fetch
 
 
@@ -54,6 +55,7 @@ class Task:
     objective: object  # draw_batch(indices, generator) -> Batch, loss(part of it) -> scalar
     n_images: int  # training images; draw_batch takes indices below it
     held_out: training.Batch
+    names: list  # of the training images
     save_samples: object = None  # save_samples(step), if the network alone can generate images
 
 
@@ -62,19 +64,21 @@ class Task:
 
 def msdm_task(args, world):
     """(run, task) for a checkpoint of msdm.py; latents and captions are prepared as in its own training."""
-    model = msdm.load(args.model, world.device)
-    inject(model.unet, args)
-    train, val, fingerprint = training.read_data(args)
-    source = file_hash(args.model)
-    run = training.Run(args.out, settings_of(args, weights=source), fingerprint, world)
-    sources, folder = (source, fingerprint), Path(args.cache or run.folder)
-    latents, train = msdm.latents_of(train, args, model.vae, sources, folder, world, args.jitter, args.views)
-    val_latents, val = msdm.latents_of(val, args, model.vae, sources, folder, world)
+    with world.together():
+        model = msdm.load(args.model, world.device, args.text_encoder)
+        inject(model.unet, args)
+        train, val, fingerprint = training.read_data(args)
+        source = file_hash(args.model)
+    run = start_run(args, world, fingerprint, weights=source)
+    folder = Path(args.cache or run.folder)
+    with world.together():
+        latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder,
+                                                             world)
     model.unet.to(memory_format=torch.channels_last)
     captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
     objective = msdm.Objective(model, latents, captions, args)
     return run, Task(model.unet, objective, len(train), objective.held_out(val_latents, val),
-                     lambda step: msdm.save_samples(run, step, model, val, args))
+                     [r.name for r in train], lambda step: msdm.save_samples(run, step, model, val, args))
 
 
 # Kandinsky: training data after the frozen encoders
@@ -112,7 +116,13 @@ class EncoderCache:
     def kept(self, name, key, make):
         """The dict of tensors that make() returns, from its file if there is one; they depend only on key."""
         file = self.folder / f"{name}-{text_hash(*key)}.safetensors"
-        return cached(file, lambda: (make(), None), self.world.is_main)[0]
+
+        def checked():
+            tensors = make()
+            check_finite(tensors, file)
+            return tensors, None
+
+        return cached(file, checked, self.world.is_main)[0]
 
     def prompts(self):
         """(the distinct prompts, the empty one first; for each image the positions of its own in them)."""
@@ -135,16 +145,12 @@ class EncoderCache:
             return {"embeds": torch.cat(embeds)}
 
         encoder, processor = folder_hash(folder / "image_encoder"), folder_hash(folder / "image_processor")
-        key = encoder, processor, data.fingerprint(self.records), self.dtype
+        key = encoder, processor, data.image_fingerprint(self.records), self.dtype
         return self.kept("clip-images", key, make)["embeds"]
 
     def latents(self, folder, network, size):
         """MoVQ latents (n, 4, h, w) of the images, padded to a square."""
-        movq = load_movq(folder / "movq").requires_grad_(False)
-        multiple = movq.factor * 2 ** (len(network.down) - 1)
-        if size < 1 or size % multiple:
-            message = f"is not divisible by {multiple}, the downsampling of MoVQ and the U-Net together"
-            raise BadInput(f"--size {size} {message}")
+        movq = load_autoencoder(folder, network, size)
 
         def make():
             movq.to(self.world.device)
@@ -153,8 +159,18 @@ class EncoderCache:
             floats = (data.to_float(images[part].to(self.world.device)) for part in parts)
             return {"z": torch.cat([movq.encode(img) for img in floats])}
 
-        key = folder_hash(folder / "movq"), data.fingerprint(self.records), size
+        key = folder_hash(folder / "movq"), data.image_fingerprint(self.records), size
         return self.kept("latents", key, make)["z"]
+
+
+def load_autoencoder(folder, network, size):
+    """The frozen MoVQ of a folder; BadInput if it and the network do not divide images of this size."""
+    movq = load_movq(folder / "movq").requires_grad_(False)
+    multiple = movq.factor * 2 ** (len(network.down) - 1)
+    if size < 1 or size % multiple:
+        message = f"is not divisible by {multiple}, the downsampling of MoVQ and the U-Net together"
+        raise BadInput(f"--size {size} {message}")
+    return movq
 
 
 def clip_preprocessor(folder):
@@ -223,6 +239,7 @@ def unet3_data(args, unet, folder, encoders):
     pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
     pipeline.prepare(prompts, cache=encoders.folder)
     texts = [pipeline.texts[p] for p in prompts[1:]]
+    check_finite(dict(zip(prompts[1:], texts, strict=True)), f"{folder / 'text_encoder'}, text states")
     texts = [texts[0][:0], *texts]  # the null condition has no token
     lengths = torch.tensor([min(len(x) + 1, pipeline.n_tokens) for x in texts])
     return EncodedData(latents, (*pad_texts(texts, int(lengths.max())), lengths), rows)
@@ -290,28 +307,43 @@ def kandinsky_task(args, world):
     auto = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     part, load, encode = KANDINSKY[args.network]
-    lora.config_of(args)  # bad flags fail before anything is read
-    folder = fetch(args.model)
-    network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
-    inject(network, args)
+    with world.together():
+        lora.config_of(args)  # bad flags fail before anything is read
+        folder = fetch(args.model)
+        network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
+        inject(network, args)
+        if args.network != "prior":
+            load_autoencoder(folder, network, args.size)
+        train, val, fingerprint = training.read_data(args)
+        readable, images, val_images = readable_images(train, val, args)
+        weights = folder_hash(folder / part)
+
+    def steps(images_a_step):
+        return math.ceil(args.epochs * len(images) / images_a_step) if args.epochs else args.steps
+
+    args.steps = steps(args.batch_size * world.size)
+    run = start_run(args, world, fingerprint, dtype=str(dtype), weights=weights)
+    args.steps = steps(run.config["images_a_step"])
+    with world.together():
+        encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype)
+        encoded = encode(args, network, folder, encoders)
+    network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
+    objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
+    names = [readable[i].name for i in images.tolist()]
+    return run, Task(network, objective, len(images), objective.held_out(val_images), names)
+
+
+def readable_images(train, val, args):
+    """(records that can be read, indices of the training images in them, of the held-out ones)."""
     records = data.read_folder(args.data, args.captions)
-    splits = data.split(records)
     _, readable = data.load_images(records, 1)  # warns of those that are not
     position = {r.name: i for i, r in enumerate(readable)}
     images, val_images = (torch.tensor([position[r.name] for r in side if r.name in position])
-                          for side in splits)
+                          for side in (train, val))
     if not len(images) or not len(val_images):
         expected = "at least 2, for training and validation"
         raise BadInput(f"{args.data}: {len(readable)} readable images, expected {expected}")
-    if args.epochs:
-        args.steps = math.ceil(args.epochs * len(images) / (args.batch_size * world.size))
-    settings = settings_of(args, dtype=str(dtype), weights=folder_hash(folder / part))
-    run = training.Run(args.out, settings, data.fingerprint(records), world)
-    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype)
-    encoded = encode(args, network, folder, encoders)
-    network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
-    objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
-    return run, Task(network, objective, len(images), objective.held_out(val_images))
+    return readable, images, val_images
 
 
 # The loop
@@ -323,8 +355,11 @@ def inject(network, args):
     print(f"{args.model}: an adapter of rank {args.rank} on {len(names)} layers", file=sys.stderr)
 
 
-def settings_of(args, **more):
-    return {k: v for k, v in vars(args).items() if k != "out"} | {"alpha": lora.config_of(args).alpha} | more
+def start_run(args, world, fingerprint, **more):
+    """The run folder args.out; more: settings beside the flags."""
+    settings = training.settings_of(args) | {"alpha": lora.config_of(args).alpha} | more
+    return training.Run(args.out, settings, fingerprint, world, f"LoRA adapter ({args.network})",
+                        args.from_run)
 
 
 def train(args):
@@ -342,9 +377,13 @@ def train(args):
         network.train()
         return val_loss
 
+    def save(name):
+        check_finite(params, run.folder / name)
+        lora.save(network, run.folder / name)
+
     def checkpoint(step):
         with ema.applied():
-            run.keep(step, validate(), lambda name: lora.save(network, run.folder / name))
+            run.keep(step, validate(), save)
             if task.save_samples and world.is_main:
                 network.eval()
                 task.save_samples(step)
@@ -353,22 +392,24 @@ def train(args):
 
     start = run.restore(params, opt, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
-        run.log(step=0, val_loss=validate())  # the base's: B = 0
+        val_loss = validate()  # the base's: B = 0
+        check_finite({"the validation loss": torch.tensor(val_loss)}, f"{args.model} without an adapter")
+        run.log(step=0, val_loss=val_loss)
     network.train()
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(task.n_images, args.batch_size, step, args.seed)
+        indices = world.batch(task.n_images, run.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
-                                         factor)
+                                         factor, step + 1, [task.names[i] for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)
     loop.finish()
     if world.is_main:
-        print(f"{run.folder}/best: validation loss {run.best:.4f}")
+        print(f"{run.result()}: validation loss {run.best:.4f}")
 
 
 # The command
@@ -402,7 +443,7 @@ def add_kandinsky_flags(parser, flag, network):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description="Train a LoRA adapter of one network.")
-    networks = parser.add_subparsers(dest="network", required=True)
+    networks, parsers = parser.add_subparsers(dest="network", required=True), {}
     for network, what, model, rank in (
             ("msdm", "MSDM's U-Net", "checkpoint of msdm.py", 8),
             ("prior", "the image prior of Kandinsky 2.2", "prior folder of 2.2", 128),
@@ -417,14 +458,21 @@ def parse(argv):
         lora.add_flags(p, rank)
         flag = training.add_flags(p, msdm.TRAINING if network == "msdm" else {network: TRAINING[network]})
         if network == "msdm":
+            p.add_argument("--text-encoder",
+                           help="where the frozen text encoder that the checkpoint names lies, if elsewhere")
             msdm.add_flags(p, flag)
         else:
             add_kandinsky_flags(p, flag, network)
-    return parser.parse_args(argv)
+        parsers[network] = p
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in parsers:
+        words = [words[0], *training.repeated(parsers[words[0]], words[1:])]
+    return parser.parse_args(words)
 
 
 def main(argv=None):
     args = parse(argv)
+    training.check_flags(args)
     if args.network == "msdm":
         meta = msdm.load_meta(args.model)
         args.preset = meta["preset"]

@@ -325,6 +325,8 @@ def fill(net, weights, which):
     problems = [f"{len(keys)} {what}, first {keys[0]}"
                 for keys, what in ((missing, "tensors missing"), (extra, "unknown")) if keys]
     problems += [f"{k} is {tuple(found[k].shape)}, expected {tuple(own[k].shape)}" for k in shapes[:2]]
+    if broken := [k for k in own if k in found and not found[k].isfinite().all()]:
+        raise BadInput(f"{name}: {len(broken)} tensors hold NaN or infinity, first {broken[0]}")
     if problems:
         kind = {"fid": "the FID Inception", "imagenet": "torchvision's ImageNet Inception-v3"}[which]
         raise BadInput(f"{name}: weights of another network, expected {kind}: " + "; ".join(problems))

@@ -17,6 +17,7 @@ import argparse
 import csv
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from classifier import (
     truth,
     truth_row,
 )
-from command import BadInput, best_device, run_command
+from command import BadInput, at_least_one, best_device, run_command
 from files import replacing, write_json
 from inception import Inception
 
@@ -157,13 +158,16 @@ def interval(row):
 def real_images(folder, held_out, size):
     """(records, images, labels), twice: to train on and held out, which are 10 % unless a folder is given."""
     train = data.read_folder(folder)
+    total = None if held_out else len(train)
     train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
-    return labelled(train, folder, size), labelled(rest, held_out or folder, size)
+    if not rest:
+        raise BadInput(f"{folder}: 1 image, expected at least 2, one of them to hold out, or --held-out")
+    return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
 
 
-def labelled(records, folder, size):
+def labelled(records, folder, size, total=None):
     """(records that could be read, uint8 (n, 3, size, size), labels (n, values))."""
-    images, records = data.load_images(records, size)
+    images, records = data.load_images(records, size, total=total)
     return records, images, truth(records, folder)
 
 
@@ -298,13 +302,14 @@ def memorisation(args):
     neighbour, below the 1 % quantile of held-out images. Authentic (Alaa et al.): a ratio above 1.
     """
     train = image_records(args.train)
+    total = None if args.held_out else len(train)
     train, held_out = (train, image_records(args.held_out)) if args.held_out else data.split(train)
-    images, train = data.load_images(train, args.size)
-    held_out_images, held_out = data.load_images(held_out, args.size)
-    fake_images, fake = data.load_images(image_records(args.fake), args.size)
     if len(train) < 2 or len(held_out) < 20:
         raise BadInput(f"expected at least 2 training images and 20 held out, got {len(train)} "
                        f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
+    images, train = data.load_images(train, args.size, total=total)
+    held_out_images, held_out = data.load_images(held_out, args.size, total=total)
+    fake_images, fake = data.load_images(image_records(args.fake), args.size)
     generator = torch.Generator().manual_seed(args.seed)
     some = torch.randperm(len(train), generator=generator)[:200]
     copies = augment(images[some], generator).round().clamp(0, 255).byte()
@@ -339,9 +344,13 @@ def memorisation(args):
     order = torch.minimum(d / near, d / radius[i] / near_ratio).argsort()[:args.pairs].tolist()
     pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
               "ratio": float(d[j] / radius[i[j]])} for j in order]
-    sheet = args.sheet or Path(args.fake) / "closest.png"
-    write_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
-    print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
+    sheet = args.sheet or default_sheet(args.fake)
+    if data.can_write(sheet):
+        write_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
+        print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
+    else:
+        print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
+              file=sys.stderr)
     if args.json:
         write_json(args.json, {
             "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
@@ -360,6 +369,11 @@ def verdict(generated, real, altered):
         return ("SUSPICIOUS: more generated images are too close than held-out ones; "
                 "too few are held out to be sure")
     return "no sign of copying: about as many generated images are too close as held-out ones"
+
+
+def default_sheet(fake):
+    """closest.png in a data folder; beside a plain folder, where it would be taken for one of its images."""
+    return fake / "closest.png" if (fake / "images").is_dir() else fake.with_name(f"{fake.name}-closest.png")
 
 
 def image_records(folder):
@@ -453,7 +467,7 @@ def main(argv=None):
     p = command(memorisation, "memorisation", "whether generated images are copies of training images")
     common(p, "--train", "data folder that the model was trained on", trains=False)
     p.add_argument("--weights", help='Inception, not thumbnails, as features: a weights file or "published"')
-    p.add_argument("--sheet", type=Path, help="image file of the closest pairs; unset, closest.png in --fake")
+    p.add_argument("--sheet", type=Path, help="image file of the closest pairs; unset, closest.png by --fake")
     p.add_argument("--pairs", type=int, default=24, help="number of closest pairs to show")
     p = command(write_prompts, "prompts", "write the evaluation prompts of faithfulness as a csv file")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
@@ -467,8 +481,8 @@ def main(argv=None):
             raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
-        if getattr(args, "steps", 1) < 1:
-            raise BadInput(f"--steps: expected at least 1, got {args.steps}")
+    at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
+    data.check_writable(**{name: getattr(args, name, None) for name in ("out", "json", "sheet")})
     args.function(args)
 
 

@@ -9,7 +9,9 @@ pipelines have the interface of sampler.py: defaults, T, networks, prepare(promp
 seeds, ...). The reference, below, is the published implementation: a seed of it gives the same image here.
 """
 
+import importlib
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +21,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from command import BadInput
+from command import BadInput, best_device, reason
 from data import to_uint8
 from diffusion import SOLVERS, denoiser, guided, sample_in_batches, seeded_noise
-from files import load_safetensors, read_json, save_safetensors, text_hash
+from files import cached, folder_hash, read_json, refuse_pointer, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
-from movq import load_movq
-from weights import check_config, fetch
+from movq import build_movq, load_movq
+from weights import check_config, check_finite, fetch
 
 # Schedules: a published scheduler_config.json in terms of diffusion.py
 
@@ -48,7 +50,10 @@ class Schedule:
         """(steps,) int64, descending; BadInput if the schedule has fewer times."""
         if not 1 <= steps <= len(self.alpha_bar):
             raise BadInput(f"--steps {steps}: expected 1 to {len(self.alpha_bar)}")
-        return diffusion.timesteps(len(self.alpha_bar), steps, self.spacing, self.offset)
+        try:
+            return diffusion.timesteps(len(self.alpha_bar), steps, self.spacing, self.offset)
+        except ValueError as error:  # steps_offset is too large for so many steps
+            raise BadInput(f"--steps {steps}: not possible with this schedule ({error})") from None
 
     def bound(self, x_0):
         """x_0 clamped, dynamically thresholded, or as it is."""
@@ -87,6 +92,12 @@ def read_schedule(folder):
         if c[key] not in supported:
             raise BadInput(f"{path}: not supported: {key}={c[key]!r}, expected one of {', '.join(supported)}")
     threshold = c["dynamic_thresholding_ratio"], c["sample_max_value"]
+    for wrong, expected in ((not 0 < c["beta_start"] <= c["beta_end"] < 1, "0 < beta_start <= beta_end < 1"),
+                            (c["clip_sample"] and not c["clip_sample_range"], "clip_sample_range above 0"),
+                            (threshold[0] > 1, "dynamic_thresholding_ratio up to 1"),
+                            (threshold[1] < 1, "sample_max_value from 1")):
+        if wrong:
+            raise BadInput(f"{path}: expected {expected}")
     return Schedule(
         alpha_bar=diffusion.schedule(names[c["beta_schedule"]], c["num_train_timesteps"], c["beta_start"],
                                      c["beta_end"]),
@@ -170,14 +181,84 @@ def one_image_at_a_time_on_cpu(sample_batch):
 
 
 def load_transformer(cls, folder, dtype=None):
-    """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails."""
+    """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails.
+
+    No code of the folder is run, and nothing unpickled. An encoder whose full-precision file is absent is
+    read from the half-precision one.
+    """
+    folder = Path(folder)
+    if dtype is None:
+        settings = {"trust_remote_code": False}
+    else:
+        read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
+        for file in folder.glob("*.safetensors"):
+            refuse_pointer(file)
+        full = any(".fp16" not in f.name for f in folder.glob("*.safetensors"))
+        settings = {"dtype": dtype, "use_safetensors": True, "variant": None if full else "fp16"}
     try:
-        if dtype is None:
-            return cls.from_pretrained(folder, local_files_only=True)
-        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).requires_grad_(False).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{folder}: {cls.__name__} does not load from it ({reason})") from None
+        loaded = cls.from_pretrained(folder, local_files_only=True, **settings)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file that transformers cannot use shows in many ways
+        why = f"{cls.__name__} does not load from it ({reason(error)})"
+        raise BadInput(f"{folder}: {_missing_packages(folder) or why}") from None
+    if dtype is None:
+        if loaded.pad_token is None:
+            raise BadInput(f"{folder}: the tokenizer has no padding token; expected tokenizer_config.json or "
+                           "special_tokens_map.json beside its vocabulary")
+        return loaded
+    check_finite(folder, dict(loaded.named_parameters()))
+    return loaded.requires_grad_(False).eval()
+
+
+def _missing_packages(folder):
+    """What to install for a tokenizer that lies there as sentencepiece's file only; None if nothing."""
+    if not any(folder.glob("*.model")) or (folder / "tokenizer.json").is_file():
+        return None
+    names = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    missing = [name for module, name in names.items() if not _is_installed(module)]
+    return missing and f"its tokenizer needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+
+
+def _is_installed(module):
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def check_vocabulary(folder, tokenizer, encoder):
+    """BadInput for a tokenizer of more tokens than its text encoder has embeddings for."""
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder reads "
+                       f"{encoder.config.vocab_size}: they do not belong together")
+
+
+def check_match(folder, what, expected, found):
+    """BadInput for a part of a pipeline that belongs to another one."""
+    if found != expected:
+        raise BadInput(f"{folder}: {what}: expected {expected}, as in the prior, got {found}: they do not "
+                       "belong together")
+
+
+def warn_of_cut(tokenizer, prompts, length):
+    """One line on stderr if prompts are longer than the length tokens that a text encoder reads."""
+    prompts = list(prompts)
+    tokens = tokenizer(prompts, verbose=False).input_ids if prompts else []
+    cut = [(p, ids) for p, ids in zip(prompts, tokens, strict=True) if len(ids) > length]
+    if cut:
+        lost = " ".join(tokenizer.decode(cut[0][1][length - 1:-1]).split()[:6])  # the end token is kept
+        print(f"warning: {len(cut)} of {len(prompts)} prompts are cut to the {length} tokens that the text "
+              f"encoder reads; of {cut[0][0][:40]!r}... is lost: {lost!r}...", file=sys.stderr)
+
+
+def check_size(size, multiple):
+    """BadInput for a side in pixels that is not generated; a pipeline called from Python rounds it up."""
+    if size is not None and size % multiple:
+        below = size // multiple * multiple
+        nearest = " and ".join(str(s) for s in (below, below + multiple) if s)
+        raise BadInput(f"--size {size}: expected a multiple of {multiple}; the nearest: {nearest}")
 
 
 # The pipeline of 2.2
@@ -185,10 +266,15 @@ def load_transformer(cls, folder, dtype=None):
 
 def clip_texts(text_encoder, tokenizer, prompts):
     """(text embeddings (b, d), states (b, 77, d), mask (b, 77)); CLIP's text encoder itself gets no mask."""
-    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+    tokens = tokenizer(prompts, padding="max_length", max_length=clip_length(text_encoder), truncation=True,
                        return_tensors="pt").to(text_encoder.device)
     out = text_encoder(tokens.input_ids)
     return out.text_embeds, out.last_hidden_state, tokens.attention_mask.bool()
+
+
+def clip_length(text_encoder):
+    """The number of tokens that CLIP reads, 77; a tokenizer's own file need not say it."""
+    return text_encoder.config.max_position_embeddings
 
 
 def clip_images(image_encoder, pixels):
@@ -218,16 +304,29 @@ class Kandinsky22:
         """prior, decoder: published folders or hub names. Adapters: PEFT folders. MoVQ stays float32."""
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-        prior, decoder = fetch(prior), fetch(decoder)
+        prior, decoder = fetch(prior, dtype), fetch(decoder, dtype)
         networks = load_prior(prior / "prior", dtype), load_decoder(decoder / "unet", dtype)
+        width = networks[0].to_embed.out_features  # of an image embedding
+        check_match(decoder, "width of an image embedding", width, networks[1].to_tokens.in_features)
         for network, adapter in zip(networks, (prior_lora, decoder_lora), strict=True):
             if adapter is not None:
                 load_adapter(network, adapter)
-        return cls(networks[0], read_schedule(prior / "scheduler"),
-                   load_transformer(CLIPTextModelWithProjection, prior / "text_encoder", dtype),
-                   load_transformer(CLIPTokenizer, prior / "tokenizer"),
-                   load_transformer(CLIPVisionModelWithProjection, prior / "image_encoder", dtype),
+        text_encoder = load_transformer(CLIPTextModelWithProjection, prior / "text_encoder", dtype)
+        image_encoder = load_transformer(CLIPVisionModelWithProjection, prior / "image_encoder", dtype)
+        tokenizer = load_transformer(CLIPTokenizer, prior / "tokenizer")
+        check_vocabulary(prior / "tokenizer", tokenizer, text_encoder)
+        check_match(prior / "text_encoder", "width", width, text_encoder.config.projection_dim)
+        check_match(prior / "image_encoder", "width", width, image_encoder.config.projection_dim)
+        tokens = networks[0].positions.shape[1] - 4  # beside embedding, time, x and query
+        check_match(prior / "text_encoder", "number of tokens", tokens, clip_length(text_encoder))
+        return cls(networks[0], read_schedule(prior / "scheduler"), text_encoder, tokenizer, image_encoder,
                    networks[1], read_schedule(decoder / "scheduler"), load_movq(decoder / "movq"))
+
+    @staticmethod
+    def size_multiple(decoder):
+        """Sides of images are multiples of so many pixels; decoder: its folder."""
+        with torch.device("meta"):
+            return build_movq(read_json(decoder / "movq/config.json")).factor**2
 
     @property
     def device(self):
@@ -248,7 +347,8 @@ class Kandinsky22:
         return min(len(self.prior_schedule.alpha_bar), len(self.decoder_schedule.alpha_bar))
 
     def prepare(self, prompts, cache=None):
-        """Nothing: CLIP encodes the prompts of each batch."""
+        """Say which prompts are cut; CLIP encodes those of each batch."""
+        warn_of_cut(self.tokenizer, sorted(set(prompts)), clip_length(self.text_encoder))
 
     def encode_text(self, prompts):
         return clip_texts(self.text_encoder, self.tokenizer, prompts)
@@ -296,6 +396,7 @@ class Kandinsky22:
     def sample(self, prompts, seed=0, steps=50, guidance=4.0, height=512, width=512, batch_size=16,
                **settings):
         """uint8 (b, 3, h, w); image i depends only on its prompt and seed + i. settings: of sample_batch."""
+        self.prepare([*prompts, settings.get("negative_prompt", "")])
         settings |= {"steps": steps, "guidance": guidance, "height": height, "width": width}
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, **settings)
 
@@ -323,7 +424,8 @@ class Kandinsky3:
 
     def __init__(self, unet, schedule, text_folder, text_dtype, text_device, tokenizer, movq):
         self.unet, self.schedule, self.tokenizer, self.movq = unet, schedule, tokenizer, movq
-        self.text_folder, self.text_dtype, self.text_device = text_folder, text_dtype, text_device
+        self.text_folder, self.text_dtype = text_folder, text_dtype
+        self.text_device = text_device and best_device(text_device)
         self.text_encoder, self.texts = None, {}
 
     @classmethod
@@ -331,13 +433,18 @@ class Kandinsky3:
         """A published folder or hub name; lora: a PEFT folder. MoVQ stays float32, T5 is never float16."""
         from transformers import AutoTokenizer
 
-        folder = fetch(folder)
+        folder = fetch(folder, dtype)
         unet = load_unet3(folder / "unet", dtype)
         if lora is not None:
             load_adapter(unet, lora)
         return cls(unet, read_schedule(folder / "scheduler"), folder / "text_encoder",
                    torch.float32 if dtype == torch.float32 else torch.bfloat16, text_device,
                    load_transformer(AutoTokenizer, folder / "tokenizer"), load_movq(folder / "movq"))
+
+    @staticmethod
+    def size_multiple(folder):
+        """As of Kandinsky22, whatever the folder holds."""
+        return 64
 
     @property
     def device(self):
@@ -364,6 +471,7 @@ class Kandinsky3:
 
         if self.text_encoder is None:
             self.text_encoder = load_transformer(T5EncoderModel, self.text_folder, self.text_dtype)
+            check_vocabulary(self.text_folder, self.tokenizer, self.text_encoder)
             self.text_encoder.to(self.text_device or self.device)
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.n_tokens,
                                 truncation=True, return_tensors="pt").to(self.text_encoder.device)
@@ -373,17 +481,18 @@ class Kandinsky3:
     def prepare(self, prompts, cache=None, batch_size=16):
         """Add the T5 states of prompts that self.texts lacks, on the CPU; then free the text encoder.
 
-        cache: a folder for a file of the states, named after the text encoder and its dtype.
+        cache: a folder for a file of the states, named after the text encoder, its dtype and the tokenizer.
         """
         file, kept = None, {}
-        if cache is not None:
-            stats = ((f.name, f.stat()) for f in self.text_folder.iterdir())
-            weights = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-            key = text_hash(self.text_folder.resolve(), weights, self.text_dtype)
+        new = sorted(set(prompts) - self.texts.keys())
+        warn_of_cut(self.tokenizer, new, self.n_tokens)
+        if cache is not None and new:
+            folders = self.text_folder, self.tokenizer.name_or_path
+            key = text_hash(*map(folder_hash, folders), self.text_dtype)
             file = Path(cache) / f"t5-{key}.safetensors"
-            kept = load_safetensors(file)[0] if file.is_file() else {}
+            kept, _ = cached(file, lambda: ({}, None), write=False)  # nothing, if absent or broken
             self.texts |= {p: kept[text_hash(p)] for p in prompts if text_hash(p) in kept}
-        missing = sorted({p for p in prompts if p} - self.texts.keys())
+        missing = sorted(set(prompts) - self.texts.keys())
         if torch.device(self.text_device or self.device).type == "cpu":
             batch_size = 1  # as one_image_at_a_time_on_cpu
         for i in tqdm(range(0, len(missing), batch_size), "T5 states", disable=len(missing) < 100):
@@ -391,7 +500,7 @@ class Kandinsky3:
             self.texts |= {p: states.cpu() for p, states in zip(batch, self.encode_text(batch), strict=True)}
         self.text_encoder = None
         if file is not None and missing:
-            save_safetensors(file, kept | {text_hash(p): self.texts[p] for p in missing})
+            save_or_say(file, kept | {text_hash(p): self.texts[p] for p in missing})
 
     def generate(self, prompts, steps=25, guidance=4.0, height=1024, width=1024, generator=None,
                  negative_prompt=None):
@@ -423,7 +532,9 @@ class Kandinsky3:
 
         To that end the text is pooled over each prompt's own length plus one, not over the batch's (ours).
         """
-        self.prepare([*prompts, settings.get("negative_prompt", "")], batch_size=batch_size)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        negative = settings.get("negative_prompt")
+        self.prepare([*prompts, *([negative] if negative else [])], batch_size=batch_size)
         settings |= {"steps": steps, "guidance": guidance, "height": height, "width": width}
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, **settings)
 
@@ -431,7 +542,7 @@ class Kandinsky3:
     def sample_batch(self, prompts, seeds, steps=25, solver="ddpm", guidance=4.0, negative_prompt="",
                      height=1024, width=1024):
         """uint8 (b, 3, h, w) of b prompts and b seeds."""
-        self.prepare([*prompts, negative_prompt], batch_size=len(prompts))
+        self.prepare([*prompts, *([negative_prompt] if negative_prompt else [])], batch_size=len(prompts))
         null = self.texts[negative_prompt] if negative_prompt else None
         texts, draw = [self.texts[p] for p in prompts], seeded_noise(seeds)
         return to_uint8(self._generate(texts, null, True, steps, guidance, height, width, draw, solver))

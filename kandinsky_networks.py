@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from command import BadInput
 from unet import AdaGroupNorm, Attention, AttentionBlock, attention, timestep_embedding
-from weights import DIFFUSERS_NAMES, check_config, load_published
+from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
 
@@ -125,6 +125,8 @@ def build_prior(config: dict):
                  "embedding_proj_norm_type": (None,), "time_embed_dim": (None,),
                  "embedding_proj_dim": (None,), "clip_embed_dim": (None,)})
     n_heads = c["num_attention_heads"]
+    check_divisible("prior", "num_attention_heads * attention_head_dim", [n_heads * c["attention_head_dim"]],
+                    "cosines and sines of the time", 2)
     return Prior(c["embedding_dim"], n_heads * c["attention_head_dim"], n_heads, c["num_layers"],
                  c["num_embeddings"])
 
@@ -226,6 +228,7 @@ class Decoder(nn.Module):
     def __init__(self, widths, with_attention, n_res, image_dim, token_dim, head_dim, in_ch, out_ch, groups):
         super().__init__()
         self.gradient_checkpointing = False
+        self.time_dim = widths[0]
         emb_dim = 4 * widths[0]
         self.time_mlp = nn.Sequential(nn.Linear(widths[0], emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.image_mlp = nn.Sequential(nn.Linear(image_dim, emb_dim), nn.LayerNorm(emb_dim))
@@ -257,7 +260,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(ch, out_ch, 3, padding=1)
 
     def forward(self, z, t, image_embed):
-        emb = self.time_mlp(time_features(t, self.time_mlp[0].in_features).to(z.dtype))  # (b, emb_dim)
+        emb = self.time_mlp(time_features(t, self.time_dim).to(z.dtype))  # (b, emb_dim)
         emb = emb + self.image_mlp(image_embed)
         tokens = self.token_norm(rearrange(self.to_tokens(image_embed), "b (n d) -> b n d", n=32))
         x = self.conv_in(z)                                      # (b, widths[0], h, w)
@@ -293,7 +296,7 @@ def build_decoder(config: dict):
     c = check_config(
         config, "decoder U-Net", "UNet2DConditionModel",
         defaults={"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
-                  "cross_attention_dim": 1280, "encoder_hid_dim": None, "attention_head_dim": 8,
+                  "cross_attention_dim": 1280, "encoder_hid_dim": 0, "attention_head_dim": 8,
                   "in_channels": 4, "out_channels": 4, "norm_num_groups": 32,
                   "down_block_types": (), "up_block_types": (),
                   "sample_size": None, "addition_embed_type_num_heads": 64},  # the last 2 are unused
@@ -305,6 +308,9 @@ def build_decoder(config: dict):
                  "dropout": (0.0,), "mid_block_scale_factor": (1,), "resnet_out_scale_factor": (1,),
                  "transformer_layers_per_block": (1,), "attention_type": ("default",),
                  **dict.fromkeys(off, (None, False))})
+    refuse_inpainting("decoder U-Net", c["in_channels"])
+    if c["out_channels"] != 8:
+        raise BadInput(f"decoder U-Net: not supported: out_channels={c['out_channels']!r}, expected 8")
     n = len(c["block_out_channels"])
     with_attention = [kind == down[1] for kind in c["down_block_types"]]
     if list(c["down_block_types"]) != [down[a] for a in with_attention] or len(with_attention) != n:
@@ -312,12 +318,23 @@ def build_decoder(config: dict):
     if list(c["up_block_types"]) != [up[a] for a in reversed(with_attention)]:
         raise BadInput(f"decoder U-Net: not supported: up_block_types={c['up_block_types']!r}, expected the "
                        "down_block_types in reverse order")
-    for key in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "encoder_hid_dim"):
-        if not isinstance(c[key], int):
-            raise BadInput(f"decoder U-Net: not supported: {key}={c[key]!r}, expected one whole number")
+    if not c["encoder_hid_dim"]:
+        raise BadInput("decoder U-Net: not supported: encoder_hid_dim=0, expected one whole number from 1")
+    widths = c["block_out_channels"]
+    check_divisible("decoder U-Net", "block_out_channels", widths, "norm_num_groups", c["norm_num_groups"])
+    check_divisible("decoder U-Net", "block_out_channels", widths[:1], "cosines and sines of the time", 2)
+    attended = [*(w for w, a in zip(widths, with_attention, strict=True) if a), widths[-1]]
+    check_divisible("decoder U-Net", "block_out_channels", attended, "attention_head_dim",
+                    c["attention_head_dim"])
     return Decoder(c["block_out_channels"], with_attention, c["layers_per_block"], c["encoder_hid_dim"],
                    c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"], c["out_channels"],
                    c["norm_num_groups"])
+
+
+def refuse_inpainting(source, in_channels):
+    if in_channels != 4:
+        which = " (an inpainting model?)" if in_channels == 9 else ""
+        raise BadInput(f"{source}: not supported: in_channels={in_channels}{which}, expected 4")
 
 
 def load_decoder(folder, dtype=torch.float32):
@@ -431,7 +448,7 @@ class UNet3(nn.Module):
     def __init__(self, widths, n_layers, emb_dim, text_in, text_dim, head_dim, in_ch, groups):
         super().__init__()
         self.gradient_checkpointing = False
-        first = widths[0] // 2
+        self.time_dim = first = widths[0] // 2
         self.time_mlp = nn.Sequential(nn.Linear(first, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.text_mlp = nn.Sequential(nn.Linear(text_in, text_dim, bias=False), nn.LayerNorm(text_dim))
         self.text_pool = Attention(text_dim, text_dim, emb_dim // head_dim, out_dim=emb_dim)
@@ -461,7 +478,7 @@ class UNet3(nn.Module):
             total = (text * counted[..., None]).sum(dim=1, keepdim=True)
             mean = total / text_length.to(text.dtype)[:, None, None]
         pooled = self.text_pool(mean, text, text_mask)[:, 0]         # (b, emb_dim)
-        emb = self.time_mlp(timestep_embedding(t, self.time_mlp[0].in_features).to(z.dtype)) + pooled
+        emb = self.time_mlp(timestep_embedding(t, self.time_dim).to(z.dtype)) + pooled
         x, skips = self.conv_in(z), []                               # (b, widths[0] / 2, h, w)
         for level in self.down:
             if level.attn:
@@ -489,8 +506,18 @@ def build_unet3(config: dict):
                   "cross_attention_dim": 4096, "encoder_hid_dim": 4096},
         allowed={})
     for key in ("layers_per_block", "cross_attention_dim"):
-        if not isinstance(c[key], int) or c[key] < 2:
+        if c[key] < 2:
             raise BadInput(f"U-Net 3: not supported: {key}={c[key]!r}, expected one whole number from 2")
+    refuse_inpainting("U-Net 3", c["in_channels"])
+    # The width inside a block is half of the one outside.
+    check_divisible("U-Net 3", "block_out_channels", c["block_out_channels"], "twice groups",
+                    2 * c["groups"])
+    check_divisible("U-Net 3", "block_out_channels", c["block_out_channels"], "attention_head_dim",
+                    c["attention_head_dim"])
+    check_divisible("U-Net 3", "time_embedding_dim", [c["time_embedding_dim"]], "attention_head_dim",
+                    c["attention_head_dim"])
+    check_divisible("U-Net 3", "block_out_channels", c["block_out_channels"][:1],
+                    "half of it: cosines and sines of the time", 4)
     return UNet3(c["block_out_channels"], c["layers_per_block"], c["time_embedding_dim"],
                  c["encoder_hid_dim"], c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"],
                  c["groups"])

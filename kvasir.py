@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import label
+from scipy.ndimage import binary_erosion, label
 from tqdm import tqdm
 
 import data
 import prompts
 from command import BadInput, run_command
 from files import replacing
+from pixels import FORMATS, orientation
 
 SPECK = 0.0005  # share of the image: smaller components are JPEG noise, of 1e-5; polyps have at least 1.6e-3
 COVERS = 0.20       # share of a polyp's area that must lie in a cell
@@ -36,6 +37,19 @@ def polyps_in(mask) -> list[list[str]]:
             covered = [s >= COVERS or s == share.max() for s in share]
             polyps.append([c for c, yes in zip(prompts.CELLS, covered, strict=True) if yes])
     return polyps
+
+
+def binary(mask, path):
+    """The polyps' pixels of a mask (h, w), its brightest channel: black and one other value, of any height,
+    with a soft edge between them as JPEG and resizing make it. BadInput for a mask of more values."""
+    values, top = np.unique(mask), mask.max()
+    few = len(values) <= 8                                  # drawn, not photographed or compressed
+    between = (mask > 0) & (mask < top) if few else (mask > top // 8) & (mask < top - top // 8)
+    area = binary_erosion(between, np.ones((3, 3)), iterations=2 + min(mask.shape) // 200).any()
+    if area or top < 128 and not few or len(values) > 1 and values[0] > top // 8:
+        shown = ", ".join(map(str, values[:8])) + f", ... {top}" * (not few)
+        raise BadInput(f"{path}: expected a mask of black and one other value, got greys {shown}")
+    return mask > min(127, top // 2)
 
 
 def has_box(img) -> bool:
@@ -60,12 +74,21 @@ def has_box(img) -> bool:
     return bool((level & (fall >= 0.075))[:int(0.6 * n)].any())
 
 
+def orientation_of(path):
+    with Image.open(path, formats=FORMATS) as img:
+        return orientation(img)
+
+
 def true_prompts(path, mask_path) -> list[str]:
     """The prompts that hold for one image, each about one fact."""
     img, mask = data.open_image(path), data.open_image(mask_path)
+    turn, mask_turn = orientation_of(path), orientation_of(mask_path)
+    if turn != mask_turn:                                   # was it drawn on stored or on turned pixels?
+        raise BadInput(f"{mask_path}: expected the EXIF orientation of its image, {turn}, got {mask_turn}; "
+                       "save both upright, without EXIF")
     if img.size != mask.size:
         raise BadInput(f"{mask_path}: expected the size of its image, {img.size}, got {mask.size}")
-    polyps = polyps_in(np.asarray(mask.convert("L")) > 127)
+    polyps = polyps_in(binary(np.asarray(mask).max(-1).astype(int), mask_path))
     n = len(polyps)
     facts = [{"n_polyps": n}, {"n_findings": n}, {"procedure": "colonoscopy"}, {"box": has_box(img)}]
     if polyps:

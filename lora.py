@@ -16,6 +16,7 @@ DoRA's text norms columns of a d x k matrix, its code and PEFT rows of torch's (
 import argparse
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from command import BadInput
 from files import load_safetensors, read_json, save_safetensors, write_json
-from weights import rename
+from weights import FLOATS, check_finite, listed, rename
 
 
 @dataclass
@@ -43,14 +44,29 @@ class LoRAConfig:
     alpha_pattern: dict = field(default_factory=dict)  # likewise its own alpha
 
     def __post_init__(self):
-        if not isinstance(self.targets, str):
+        if isinstance(self.targets, list | set):
             self.targets = tuple(self.targets)
+        names = self.targets if isinstance(self.targets, tuple) else (self.targets,)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise BadInput(f"LoRA targets: expected names of layers, got {self.targets!r:.100}")
+        for what, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            if not isinstance(pattern, dict):
+                raise BadInput(f"LoRA {what}_pattern: expected a {what} for each name, got {pattern!r:.100}")
         for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or rank < 1:
-                raise BadInput(f"LoRA rank: expected a whole number from 1, got {rank!r}")
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1 << 16:
+                raise BadInput(f"LoRA rank: expected a whole number from 1, got {rank!r:.100}")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not _is_number(alpha):
+                raise BadInput(f"LoRA alpha: expected a finite number, got {alpha!r:.100}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise BadInput(f"LoRA dropout: expected a number from 0, below 1, got {self.dropout!r:.100}")
         _check_patterns(self)
         if self.init not in ("gaussian", "kaiming"):
             raise BadInput(f"LoRA init: expected gaussian or kaiming, got {self.init!r}")
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 class LoRALinear(nn.Module):
@@ -87,8 +103,9 @@ class LoRALinear(nn.Module):
         return y + (self.strength * update).to(y.dtype)
 
     def adapted(self):
-        """W + s B A in float32."""
-        return self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
+        """W + s B A in float32, under autocast too."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.base.weight.float() + self.scaling * self.lora_B @ self.lora_A
 
     @torch.no_grad()
     def merged(self):
@@ -125,13 +142,15 @@ def _targets(model, config):
         if name and _is_target(_published(model, name), config.targets):
             (names if isinstance(module, nn.Linear) else others).append(name)
     if others:
-        raise BadInput(f"LoRA targets that are not linear layers: {', '.join(others)}")
+        raise BadInput(f"LoRA targets that are not linear layers: {listed(others, 5)}")
     if not names:
-        raise BadInput(f"LoRA targets match no layer of {type(model).__name__}: {config.targets}")
+        raise BadInput(f"LoRA targets match no layer of {type(model).__name__}: {config.targets!s:.200}")
     return names
 
 
 def _wrap(model, names, config):
+    if config.dora:
+        _check_rows(model, names)
     model.requires_grad_(False)
     for name in names:
         published = _published(model, name)
@@ -141,6 +160,14 @@ def _wrap(model, names, config):
                            config.init)
         model.set_submodule(name, layer.train(model.training))
     model.lora_config = config
+
+
+def _check_rows(model, names):
+    weights = {name: model.get_submodule(name).weight for name in names}
+    zero = [_published(model, k) for k, w in weights.items() if not w.is_meta and not w.any(dim=1).all()]
+    if zero:
+        raise BadInput("DoRA divides by the norm of an output's weights, which is zero in "
+                       f"{listed(zero, 3)}: leave these layers out, or train without DoRA")
 
 
 def parameters(model):
@@ -173,11 +200,13 @@ def unmerge(model):
 
 def _merge(layer):
     weight = layer.merged()
-    layer.unmerged_weight, layer.base.weight.data = layer.base.weight.data, weight
+    layer.unmerged_weight = layer.base.weight.data
+    layer.base.weight.data = weight
 
 
 def _unmerge(layer):
-    layer.base.weight.data, layer.unmerged_weight = layer.unmerged_weight, None
+    layer.base.weight.data = layer.unmerged_weight.to(layer.base.weight)  # it may have been moved since
+    layer.unmerged_weight = None
 
 
 def remove(model):
@@ -223,20 +252,30 @@ def tensors(model):
 
 
 def save(model, folder):
-    """Write adapter_config.json and adapter_model.safetensors, with the published names of the layers."""
+    """Write adapter_config.json and adapter_model.safetensors, with the published names of the layers.
+
+    Where model.base is known (weights.base_of), its hash goes into the metadata of the tensors: versions of
+    PEFT refuse a config with a field of another project.
+    """
     if not layers(model):
         raise BadInput(f"{type(model).__name__} carries no adapter to save")
-    save_safetensors(Path(folder) / "adapter_model.safetensors", tensors(model))
-    write_json(Path(folder) / "adapter_config.json", _peft_fields(model.lora_config))
+    base = getattr(model, "base", None)
+    save_safetensors(Path(folder) / "adapter_model.safetensors", tensors(model), base and {"base": base})
+    fields = _peft_fields(model.lora_config) | {"base_model_name_or_path": base and base["name"]}
+    write_json(Path(folder) / "adapter_config.json", fields)
 
 
 def load(model, folder):
-    """Add a saved adapter to its base model: trainable, the base frozen. On an error nothing is changed."""
+    """Add a saved adapter to its base model: trainable, the base frozen. On an error nothing is changed.
+
+    An adapter that was trained on another base than this model is loaded all the same, and a line says so.
+    """
     if layers(model):
         raise BadInput(f"{type(model).__name__} carries an adapter already: remove it first")
     folder = Path(folder)
     config = _read_config(folder / "adapter_config.json")
-    found, _ = load_safetensors(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    found, metadata = load_safetensors(file)
     names = _targets(model, config)
     expected = {}  # published name of a tensor -> its shape
     for name in names:
@@ -250,10 +289,18 @@ def load(model, folder):
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     shapes = [f"{k} expected {s}, got {tuple(found[k].shape)}" for k, s in expected.items()
               if k in found and tuple(found[k].shape) != s]
-    if missing or extra or shapes:
-        problems = {"not in the file": missing, "no such layer": extra, "other shapes": shapes}
-        parts = [f"{problem}: {', '.join(which)}" for problem, which in problems.items() if which]
+    dtypes = [f"{k} expected floats, got {v.dtype}" for k, v in found.items() if v.dtype not in FLOATS]
+    if missing or extra or shapes or dtypes:
+        problems = {"not in the file": missing, "no such layer": extra, "other shapes": shapes,
+                    "other dtypes": dtypes}
+        parts = [f"{problem}: {listed(which, 3)}" for problem, which in problems.items() if which]
         raise BadInput(f"{folder}: not an adapter of this {type(model).__name__}: " + "; ".join(parts))
+    found = {k: v.float() for k, v in found.items()}
+    check_finite(file, found)
+    theirs, ours = metadata.get("base"), getattr(model, "base", None)
+    if isinstance(theirs, dict) and ours and theirs.get("hash") != ours["hash"]:
+        print(f"warning: {folder}: trained on other weights ({theirs.get('name')!r:.100}) than these "
+              f"({ours['name']!r:.100})", file=sys.stderr)
     _wrap(model, names, config)
     with torch.no_grad():
         for name, parameter in tensors(model).items():
@@ -309,17 +356,22 @@ SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",),
 
 def _read_config(path):
     config = read_json(path)
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: expected a JSON object")
-    wrong = [f"{k}={v!r}" for k, v in config.items()
+    wrong = [f"{k}={v!r:.100}" for k, v in config.items()
              if k not in READ and k not in MEANINGLESS and v and v not in SUPPORTED.get(k, ())]
     if wrong or config.get("peft_type") != "LORA":
-        wrong = wrong or [f"peft_type={config.get('peft_type')!r}"]
-        raise BadInput(f"{path}: not supported: {', '.join(wrong)}")
+        wrong = wrong or [f"peft_type={config.get('peft_type')!r:.100}"]
+        raise BadInput(f"{path}: not supported: {listed(wrong, 20)}")
     if missing := sorted({"r", "target_modules"} - config.keys()):
         raise BadInput(f"{path}: expected the fields {', '.join(missing)}")
-    return LoRAConfig(rank=config["r"], alpha=config.get("lora_alpha", 8), targets=config["target_modules"],
-                      dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")),
-                      dora=bool(config.get("use_dora")), rank_pattern=config.get("rank_pattern") or {},
-                      alpha_pattern=config.get("alpha_pattern") or {},
-                      init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming")
+    for key in ("use_rslora", "use_dora"):
+        if config.get(key) not in (True, False, None):
+            raise BadInput(f"{path}: {key}: expected true or false, got {config[key]!r:.100}")
+    try:
+        return LoRAConfig(
+            rank=config["r"], alpha=config.get("lora_alpha", 8), targets=config["target_modules"],
+            dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")), rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming")
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None

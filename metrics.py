@@ -27,13 +27,13 @@ import numpy as np
 import scipy.linalg
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from command import BadInput, best_device, run_command
-from data import SUFFIXES, UNREADABLE, open_image, preprocess
+from data import SUFFIXES, batches, check_writable, read_ahead
 from files import cached, load_safetensors, save_safetensors, text_hash, write_json
 from inception import ImageNetInception, Inception
+from pixels import FORMATS, open_image, preprocess
 
 # Statistics of feature arrays
 
@@ -339,9 +339,9 @@ def common_side(paths) -> int:
     sizes = {}
     for path in paths:
         try:
-            with Image.open(path) as img:
+            with Image.open(path, formats=FORMATS) as img:
                 size = img.size
-        except UNREADABLE:
+        except Exception:                                   # anything: it is a decoder
             size = open_image(path).size                    # raises with the reason
         first = sizes.setdefault(size, path.name)
         if len(sizes) > 1:
@@ -351,41 +351,23 @@ def common_side(paths) -> int:
     return max(size)
 
 
-class ImageFiles(Dataset):
+def read(path, size):
     """uint8 (3, size, size), padded to a square as in training; size None: 299 px by numpy.resize."""
-
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            img = open_image(self.paths[i])
-        except BadInput as error:
-            return str(error)                               # raised in a worker it would be a page long
-        reflow = self.size is None
-        pixels = np.resize(np.asarray(img), (299, 299, 3)) if reflow else preprocess(img, self.size)
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def collate(items):
-    bad = [x for x in items if isinstance(x, str)]
-    return bad[0] if bad else torch.stack(items)
+    img = open_image(path)
+    pixels = np.resize(np.asarray(img), (299, 299, 3)) if size is None else preprocess(img, size)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def extract(net, paths, size, resize="tf1", names=("2048",), batch_size=32, workers=2, what="images"):
     """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable file is an error."""
-    loader = DataLoader(ImageFiles(paths, size), batch_size, num_workers=workers, collate_fn=collate)
     parts = []
+    images = read_ahead(lambda i: read(paths[i], size), len(paths), workers, ahead=2 * batch_size)
     with tqdm(total=len(paths), desc=what, unit="image") as bar:
-        for images in loader:
-            if isinstance(images, str):
-                raise BadInput(images)
-            features = net(images, resize)
+        for part in batches(len(paths), batch_size):
+            batch = torch.stack([next(images) for _ in range(part.start, part.stop)])
+            features = net(batch, resize)
             parts.append({name: features[name].float().cpu() for name in names if name in features})
-            bar.update(len(images))
+            bar.update(len(batch))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -409,6 +391,8 @@ def read_stats(path, protocol):
     if "features" not in tensors:
         held = ", ".join(list(tensors)[:3]) or "nothing"
         raise BadInput(f"{path}: not a file of --real-stats, it holds {held}")
+    if any(x.ndim != 2 or len(x) != len(tensors["features"]) for x in tensors.values()):
+        raise BadInput(f"{path}: expected a row an image in every tensor")
     for name, value in protocol.items():
         if metadata.get(name) != value:
             raise BadInput(f"{path}: made with {name} {metadata.get(name)}, this run has {value}")
@@ -504,7 +488,7 @@ def parse(argv):
     parser.add_argument("--json", type=Path, help="file for every number and setting")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time through the network")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read images")
     args = parser.parse_args(argv)
     stats = args.real_stats
     if args.real is None and not (stats and stats.is_file()):
@@ -515,6 +499,7 @@ def parse(argv):
     if args.batch_size < 1 or args.workers < 0:
         raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
                        f"got {args.batch_size} and {args.workers}")
+    check_writable(json=args.json, real_stats=None if stats and stats.is_file() else stats)
     return args
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from command import BadInput
 from unet import Attention
-from weights import DIFFUSERS_NAMES, check_config, load_published
+from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 
 
 class PlainNorm(nn.GroupNorm):
@@ -211,16 +211,20 @@ def build_movq(config: dict):
         config, "MoVQ", "VQModel",
         defaults={"block_out_channels": (64,), "down_block_types": down[:1], "up_block_types": up[:1],
                   "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": None, "num_vq_embeddings": 256,
-                  "sample_size": 32, "scaling_factor": 0.18215, "force_upcast": False},  # the last 3: unused
+                  "sample_size": None, "scaling_factor": None, "force_upcast": None},  # the last 3: unused
         allowed={"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",), "norm_num_groups": (32,),
                  "norm_type": ("spatial",), "mid_block_add_attention": (True,),
                  "lookup_from_codebook": (False,)})
     for key, kinds in (("down_block_types", down), ("up_block_types", up)):
         if len(c[key]) != len(c["block_out_channels"]) or set(c[key]) - set(kinds):
-            raise BadInput(f"MoVQ: not supported: {key}={c[key]!r}")
+            raise BadInput(f"MoVQ: not supported: {key}={c[key]!r:.100}")
+    check_divisible("MoVQ", "block_out_channels", c["block_out_channels"], "norm_num_groups", 32)
+    z_ch = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
+    if z_ch != 4:
+        raise BadInput(f"MoVQ: not supported: vq_embed_dim={z_ch!r:.100}, expected 4, as the U-Nets read")
     return MoVQ(c["block_out_channels"], [kind == down[1] for kind in c["down_block_types"]],
                 [kind == up[1] for kind in c["up_block_types"]], c["layers_per_block"], c["latent_channels"],
-                c["vq_embed_dim"] or c["latent_channels"], c["num_vq_embeddings"])
+                z_ch, c["num_vq_embeddings"])
 
 
 def load_movq(folder, dtype=torch.float32):

@@ -37,10 +37,11 @@ from diffusion import (
 )
 from files import cached, file_hash, load_metadata, load_safetensors, text_hash
 from optim import Optimizers, lr_factor
-from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer
+from runfolder import check_finite
+from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
-from weights import check_format, load_state
+from weights import check_format, described_by, load_state
 
 # The model
 
@@ -91,7 +92,8 @@ class MSDM(nn.Module):
         return (self.vae.config.latent_channels, side, side)
 
     def prepare(self, prompts, cache=None):
-        """Does nothing: prompts are encoded with each batch."""
+        """Warns of prompts that the text encoder cuts; they are encoded with each batch."""
+        warn_of_cut(self.text, prompts)
 
     def denoiser(self, prompts, guidance, negative_prompt=""):
         """denoise(x_t, t) -> (x_0, None) for a solver, on one batch of latents with a prompt for each."""
@@ -110,6 +112,7 @@ class MSDM(nn.Module):
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         guidance = self.diffusion.guidance if guidance is None else guidance
+        self.prepare([*prompts, negative_prompt])
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, steps=steps, solver=solver,
                                  guidance=guidance, negative_prompt=negative_prompt)
 
@@ -147,25 +150,50 @@ def load_meta(path):
     return meta
 
 
-def load(path, device="cpu") -> MSDM:
-    """The model of a checkpoint, frozen and ready to sample."""
+def load(path, device="cpu", text_encoder=None) -> MSDM:
+    """The model of a checkpoint, frozen and ready to sample.
+
+    text_encoder: folder or name of the frozen text encoder that the checkpoint names, if it lies elsewhere
+    now. BadInput if it is not the one that the model was trained with.
+    """
     meta = load_meta(path)
     tensors, _ = load_safetensors(path)
 
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    with torch.device("meta"):
+    with described_by(path), torch.device("meta"):
         unet, vae = UNet(UNetConfig(**meta["unet"])), VAE(VAEConfig(**meta["vae"]))
         text = TextTransformer(TextConfig(**meta["text"]["train"])) if "train" in meta["text"] else None
+        diffusion, preset = Diffusion(**meta["diffusion"]), meta["preset"]
+        diffusion.alpha_bar()
     load_state(unet, part("unet."), path)
     load_state(vae, part("vae."), path)
     if text is None:
-        text = FrozenCLIP(meta["text"]["name"], meta["text"]["length"])
+        text = load_text_encoder(path, meta["text"], text_encoder)
+    elif text_encoder:
+        raise BadInput(f"--text-encoder {text_encoder}: {path} holds a text encoder of its own")
     else:
         load_state(text, part("text."), path)
-    model = MSDM(unet, vae, text, Diffusion(**meta["diffusion"]), meta["preset"])
+    model = MSDM(unet, vae, text, diffusion, preset)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(path, meta, where=None):
+    """The frozen text encoder of a checkpoint's metadata, found under its name or where it lies now."""
+    way_out = "; --text-encoder FOLDER says where the right one lies"
+    try:
+        text = FrozenCLIP(where or meta["name"], meta["length"])
+    except BadInput as error:
+        reason = str(error).split("; --text-encoder")[0]
+        raise BadInput(f"{path}, trained with the text encoder {meta['name']}: {reason}{way_out}") from None
+    expected = meta.get("hash")  # none in checkpoints of release.py
+    if expected not in (None, text.weights):
+        raise BadInput(f"{path}: was trained with a text encoder of hash {expected}, "
+                       f"{where or meta['name']} holds one of hash {text.weights}{way_out}")
+    if where:
+        text.name = meta["name"]
+    return text
 
 
 # Training: presets and data
@@ -204,17 +232,20 @@ def encode_latents(vae, images, jitter, views, seed, device):
     return torch.cat([torch.stack(out[i:i + views], dim=1) for i in range(0, len(out), views)])
 
 
-def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1):
+def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1, total=None):
     """(encode_latents of the images of records, the records that could be read), cached in the folder.
 
-    sources: hashes of the VAE and the data, part of the cache's key.
+    sources: hashes that are part of the cache's key, as of the VAE; the images' own is added, captions play
+    no part. total: see data.load_images.
     """
     def make():
-        images, kept = data.load_images(records, args.size, args.crop)
+        images, kept = data.load_images(records, args.size, args.crop, total=total)
         moments = encode_latents(vae, images, jitter, views, args.seed, world.device)
+        check_finite({"latents": moments}, f"{records[0].path.parent}, encoded by the autoencoder")
         return {"moments": moments}, {"names": [r.name for r in kept]}
 
-    key = text_hash(*sources, args.size, args.crop, jitter, views, args.seed, *(r.name for r in records))
+    key = text_hash(*sources, data.image_fingerprint(records), args.size, args.crop, jitter, views, args.seed,
+                    *(r.name for r in records))
     tensors, meta = cached(folder / f"latents-{key}.safetensors", make, world.is_main)
     names = set(meta["names"])
     return tensors["moments"], [r for r in records if r.name in names]
@@ -230,11 +261,13 @@ class CaptionSampler:
     def __init__(self, records, val_records, text, join, p_uncond):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
         self.cache = None
+        warn_of_cut(text, (" ".join(sorted(r.prompts, key=len)[-join:]) for r in (*records, *val_records)))
         if join == 1 and not any(p.requires_grad for p in text.parameters()):
             distinct = sorted({p for r in (*records, *val_records) for p in r.prompts} | {""})
             self.rows = {p: i for i, p in enumerate(distinct)}
             parts = tqdm(data.batches(len(distinct), 64), "text states", disable=len(distinct) < 512)
             self.cache = [torch.cat(p) for p in zip(*(text(distinct[part]) for part in parts), strict=True)]
+            check_finite({"states": self.cache[0]}, "the prompts, read by the text encoder")
 
     def draw(self, indices, generator):
         """A prompt for each of the images `indices`."""
@@ -331,6 +364,26 @@ def check_size(args, vae):
                        f"the downsampling of {args.vae} times that of the U-Net")
 
 
+def given_parts(args, device):
+    """(model of --init or None, VAE, frozen text encoder or None) that a training starts from."""
+    if args.init:
+        base = load(args.init, device, None if args.text_encoder == "train" else args.text_encoder)
+        return base, base.vae, None
+    vae = vaes.load(args.vae, device)
+    check_size(args, vae)
+    if args.text_encoder == "train":
+        return None, vae, None
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return None, vae, FrozenCLIP(args.text_encoder, dtype=dtype)
+
+
+def both_latents(train, val, args, vae, source, folder, world):
+    """(latents, their records) of the training images, then of those held out; see latents_of."""
+    total, sources = len(train) + len(val), (source,)
+    latents = latents_of(train, args, vae, sources, folder, world, args.jitter, args.views, total)
+    return *latents, *latents_of(val, args, vae, sources, folder, world, total=total)
+
+
 def train(args):
     """Train a new U-Net and, unless a public one is named, its text encoder on the latents of a data folder.
 
@@ -338,22 +391,17 @@ def train(args):
     """
     world = training.start(args.device)
     device = world.device
-    base, frozen = load(args.init, device) if args.init else None, None
-    vae = base.vae if base else vaes.load(args.vae, device)
-    if base is None:
-        check_size(args, vae)
-        if args.text_encoder != "train":
-            frozen = FrozenCLIP(args.text_encoder,
-                                dtype=torch.float16 if device.type == "cuda" else torch.float32)
-    train_records, val_records, fingerprint = training.read_data(args)
-    vae_hash = file_hash(args.init or args.vae)
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"source": vae_hash}
-    run = training.Run(args.out, settings, fingerprint, world)
-
-    sources = vae_hash, fingerprint
-    latents, train_records = latents_of(train_records, args, vae, sources, run.folder, world, args.jitter,
-                                        args.views)
-    val_latents, val_records = latents_of(val_records, args, vae, sources, run.folder, world)
+    with world.together():
+        base, vae, frozen = given_parts(args, device)
+        train_records, val_records, fingerprint = training.read_data(args)
+        source = file_hash(args.init or args.vae)
+    text = base.text if base else frozen
+    settings = training.settings_of(args) | {
+        "source": source, "text_weights": text.weights if text and not text.trained else "train"}
+    run = training.Run(args.out, settings, fingerprint, world, "MSDM", args.from_run)
+    with world.together():
+        latents, train_records, val_latents, val_records = both_latents(
+            train_records, val_records, args, vae, source, run.folder, world)
     training.seed_step(args.seed, "weights")
     model = base or new_model(args, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)
@@ -379,25 +427,26 @@ def train(args):
     model.unet.train()
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(len(train_records), args.batch_size, step, args.seed)
+        indices = world.batch(len(train_records), run.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
-                                         factor)
+                                         factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)
     loop.finish()
     if world.is_main:
-        print(f"{run.folder}/best.safetensors: validation loss {run.best:.4f}")
+        print(f"{run.result()}: validation loss {run.best:.4f}")
 
 
 def save_samples(run, step, model, val_records, args):
     """Sample sheet: images of held-out prompts, always with the same seeds."""
     prompts = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
     if prompts:
-        run.save_samples(step, model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp"))
+        images = model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp")
+        data.write_grid(run.sheet(step), images)
 
 
 def add_flags(parser, flag):
@@ -422,6 +471,9 @@ def what_init_fixes(args):
     meta = load_meta(args.init)
     own = {"preset": meta["preset"], "size": meta["diffusion"]["image_size"],
            "text_encoder": meta["text"].get("name", "train")}
+    given = getattr(args, "text_encoder", "train")
+    if "train" not in (own["text_encoder"], given):  # where the frozen one lies; load checks its hash
+        own["text_encoder"] = given
     for name, value in own.items():
         if (given := getattr(args, name, None)) not in (None, value):
             raise BadInput(f"--{name.replace('_', '-')} {given}: {args.init} has {value}")
@@ -447,7 +499,8 @@ def main(argv=None):
     flag("text_encoder", "CLIP text model by name or folder, or train")
     flag("muon_lr", "learning rate of Muon for the U-Net's inner weights; 0: AdamW for all", type=float)
     add_flags(parser, flag)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(training.repeated(parser, argv))
+    training.check_flags(args)
     if (args.vae is None) == (args.init is None):
         raise BadInput("give either --vae CHECKPOINT or --init CHECKPOINT")
     own = what_init_fixes(args) if args.init else {}

@@ -26,6 +26,7 @@ rendered at. Attributes:
 import argparse
 import json
 import os
+import re
 import signal
 from contextlib import suppress
 from functools import partial
@@ -465,16 +466,23 @@ def make_image(index, seed, size, folder):
         Image.fromarray(render(draw_scene(seed, index), size)).save(tmp)
 
 
-def check_out(out, n, size, lines):
-    """Refuse a folder that holds anything but this same phantom, complete or begun."""
+def check_out(out, n):
+    """The files of an existing folder; it is refused if it holds anything but a phantom of n images."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: expected a folder, found a file")
-    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.name.startswith(".")}
+    folders = [folder for folder in (out, out / "images") if folder.is_dir()]
+    found = {p.relative_to(out).as_posix() for folder in folders for p in folder.iterdir()
+             if not p.name.startswith(".")}
     ours = {"images", "attributes.jsonl", "prompt-gt.csv", *(f"images/{i:06d}.png" for i in range(n))}
     if others := sorted(found - ours):
         raise BadInput(f"{out}: expected an empty folder or this same phantom, found {others[0]}")
-    line_file = out / "attributes.jsonl"
-    if found and ("attributes.jsonl" not in found or line_file.read_text(encoding="utf-8") != lines):
+    return found
+
+
+def check_same(out, found, size, lines):
+    """Refuse another phantom; of the same one, remove what a killed run left half written."""
+    if found and ("attributes.jsonl" not in found
+                  or (out / "attributes.jsonl").read_bytes() != lines.encode()):
         raise BadInput(f"{out}: expected an empty folder or this same phantom, "
                        "found another (--n, --seed or version)")
     for name in sorted(f for f in found if f.endswith(".png"))[:1]:       # an unreadable one is written anew
@@ -482,6 +490,9 @@ def check_out(out, n, size, lines):
             if img.size != (size, size):
                 raise BadInput(f"{out / name}: expected {size} x {size} px, "
                                f"found {img.width} x {img.height} (--size)")
+    for path in [*out.glob(".*"), *(out / "images").glob(".*")]:          # files.replacing's names, no others
+        if re.fullmatch(r"\.(attributes\.\d+\.jsonl|prompt-gt\.\d+\.csv|\d{6}\.\d+\.png)", path.name):
+            path.unlink()
 
 
 def main(argv=None):
@@ -495,12 +506,13 @@ def main(argv=None):
     for name, low in (("n", 1), ("size", 16), ("seed", 0)):
         if getattr(args, name) < low:
             raise BadInput(f"--{name}: expected at least {low}, got {getattr(args, name)}")
+    found = check_out(args.out, args.n)
     # Ctrl-C is left to the parent process
     with Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         words = pool.imap(partial(make_words, seed=args.seed), range(args.n), chunksize=25)
         lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="image"), strict=True)
-        check_out(args.out, args.n, args.size, "".join(lines))
-        # attributes.jsonl comes first: check_out of a later run compares it. prompt-gt.csv comes last, when
+        check_same(args.out, found, args.size, "".join(lines))
+        # attributes.jsonl comes first: check_same of a later run compares it. prompt-gt.csv comes last, when
         # folder is complete.
         with replacing(args.out / "attributes.jsonl") as tmp:
             tmp.write_text("".join(lines), encoding="utf-8")

@@ -11,6 +11,7 @@ import torch
 from command import BadInput, run_command
 from files import read_state, save_safetensors
 from msdm import DIFFUSION, MSDM, TRAINING
+from runfolder import check_finite
 from text import TextEncoderReference
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -131,6 +132,11 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="checkpoint to write")
     args = parser.parse_args(argv)
     unet, vae = unet_from_release(args.unet), vae_from_release(args.vae)
+    check_finite(unet.state_dict(), args.unet)
+    check_finite(vae.state_dict(), args.vae)
+    multiple = vae.factor * 2 ** (len(unet.config.channels) - 2)
+    if args.size < 1 or args.size % multiple:
+        raise BadInput(f"--size {args.size}: expected a multiple of {multiple}, the downsampling of both")
     if unet.config.in_channels != vae.config.latent_channels:
         raise BadInput(f"{args.unet} works on latents of {unet.config.in_channels} channels, "
                        f"{args.vae} makes {vae.config.latent_channels}")

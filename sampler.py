@@ -10,28 +10,42 @@
 
 import argparse
 import csv
+import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import kandinsky
 import lora
 import msdm
-from command import BadInput, at_least_one, best_device, run_command
+from command import BadInput, at_least_one, best_device, check_range, run_command
 from diffusion import SOLVERS
-from files import file_hash, folder_hash, read_json, replacing, text_hash, write_json
+from files import (
+    create_json,
+    file_hash,
+    folder_hash,
+    read_json,
+    remove_unfinished,
+    replacing,
+    text_hash,
+)
 from weights import fetch
+
+MOST_IMAGES = 1_000_000  # a request; their names have six digits
 
 # The model
 
 
-def load_model(args):
-    """(the model of --ckpt with its adapters, the hashes of all files read).
+def find_model(args):
+    """(load, hashes) of --ckpt: load() returns the model with its adapters; hashes are of all files it reads.
 
-    A file is a checkpoint of msdm.py; a folder, or a name on the hub, is Kandinsky's.
+    A file is a checkpoint of msdm.py; a folder, or a name on the hub, is Kandinsky's. BadInput for flags and
+    folders that do not fit, before a weight is loaded.
     """
     def refuse(kind, *flags):
         for flag in flags:
@@ -43,64 +57,108 @@ def load_model(args):
     hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
         refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "dtype", "text_device")
-        model = msdm.load(args.ckpt, device)
-        if args.lora:
-            lora.load(model.unet, args.lora)
-        return model, hashes | {"checkpoint": file_hash(args.ckpt)}
-    folder, dtype = fetch(args.ckpt), getattr(torch, args.dtype or "float32")
+        msdm.load_meta(args.ckpt)
+
+        def load():
+            model = msdm.load(args.ckpt, device, args.text_encoder)
+            if args.lora:
+                lora.load(model.unet, args.lora)
+            return model
+
+        return load, hashes | {"checkpoint": file_hash(args.ckpt)}
+    dtype = getattr(torch, args.dtype or "float32")
+    folder = fetch(args.ckpt, dtype)
+    refuse("a folder of Kandinsky", "text_encoder")
     if (folder / "prior").is_dir():
         refuse("a Kandinsky 2.2 prior", "lora", "text_device")
         if not args.decoder:
             message = "is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder"
             raise BadInput(f"{args.ckpt} {message}")
-        decoder = fetch(args.decoder)
-        adapters = args.prior_lora, args.decoder_lora
-        model = kandinsky.Kandinsky22.from_pretrained(folder, decoder, *adapters, dtype)
+        decoder, cls = fetch(args.decoder, dtype), kandinsky.Kandinsky22
+        more = decoder, args.prior_lora, args.decoder_lora, dtype
         hashes["decoder"] = folder_hash(decoder)
     elif (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
         refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora")
-        model = kandinsky.Kandinsky3.from_pretrained(folder, args.lora, dtype, args.text_device)
+        decoder, cls, more = folder, kandinsky.Kandinsky3, (args.lora, dtype, args.text_device)
     else:
         raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the "
                        "folder of Kandinsky 3")
-    return model.to(device), hashes | {"checkpoint": folder_hash(folder)}
+    kandinsky.check_size(args.size, cls.size_multiple(decoder))
+    hashes["checkpoint"] = folder_hash(folder)
+    return lambda: cls.from_pretrained(folder, *more).to(device), hashes
 
 
 # The images
 
 
-def claim_folder(out, settings, prompts, seed):
-    """Write config.json and prompts.csv into a new folder or one of the same settings; else BadInput."""
+def check_folder(out, settings):
+    """BadInput for a folder that cannot be written, or holds something else than images of these settings."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BadInput(f"{out}: {there} is not a folder that can be written; give another --out")
     config_file = out / "config.json"
+    # Listed before config.json is tried: another sampler, which writes that first, may start meanwhile.
+    found = out.exists() and any(not p.name.startswith(".") for p in out.iterdir())
+    other = f"{out}: not empty and not made by sampler.py; give another --out"
     if config_file.exists():
         old = read_json(config_file)
+        if not {"prompts", "solver"} <= old.keys():
+            raise BadInput(other)
         for k, now in settings.items():
             if old.get(k) != now:
-                made = f"holds images made with {k}={old.get(k)!r}, now {k}={now!r}"
+                made = f"holds images made with {k}={old.get(k)!r:.100}, now {k}={now!r:.100}"
                 raise BadInput(f"{out}: {made}; give another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: not empty and not made by sampler.py; give another --out")
-    write_json(config_file, settings)
+    elif found:
+        raise BadInput(other)
+
+
+def claim_folder(out, settings, prompts, seed):
+    """Write config.json and prompts.csv into a new folder or one of the same settings; else BadInput.
+
+    Of two samplers at once one writes config.json; the other, if its settings are the same, makes the same
+    files.
+    """
+    check_folder(out, settings)
+    if (out / "config.json").exists() or not create_json(out / "config.json", settings):
+        check_folder(out, settings)  # by now another sampler may have claimed it
+    remove_unfinished(out, "config.json", "prompts.csv", "grid.png", "t5-*.safetensors")
+    remove_unfinished(out / "images", "[0-9]*.png")
     with replacing(out / "prompts.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         rows = csv.writer(f)
         rows.writerow(["Filename", "Prompt", "Seed"])
         rows.writerows([f"{i:06d}.png", p, seed + i] for i, p in enumerate(prompts))
 
 
-def write_samples(model, prompts, args, request):
-    """Write the missing images of the data folder args.out. request: settings of sample_batch."""
+def is_whole(file):
+    """Whether an image is there and its checksums hold; one that is broken is sampled again."""
+    try:
+        with Image.open(file, formats=("PNG",)) as img:
+            img.verify()
+        return True
+    except Exception:  # PIL's decoders raise anything
+        return False
+
+
+def write_samples(model, prompts, args, request, hashes):
+    """Write the missing images of the data folder args.out. request: settings of sample_batch.
+
+    Every image says in itself that it is synthetic, and of what: prompt, seed, hashes of the weights.
+    """
     out = Path(args.out)
     files = [out / "images" / f"{i:06d}.png" for i in range(len(prompts))]
-    missing = [i for i, f in enumerate(files) if not f.exists()]
+    missing = [i for i, f in enumerate(files) if not is_whole(f)]
     if missing:
-        model.prepare([*(prompts[i] for i in missing), args.negative_prompt], cache=out)
+        negative = [args.negative_prompt] if args.negative_prompt else []
+        model.prepare([*(prompts[i] for i in missing), *negative], cache=out)
     with tqdm(total=len(files), initial=len(files) - len(missing), desc="sampling", unit="image") as bar:
         for part in data.batches(len(missing), args.batch_size):
             indices = missing[part]
             seeds = [args.seed + i for i in indices]
             images = model.sample_batch([prompts[i] for i in indices], seeds, **request)
             for i, image in zip(indices, images.numpy(), strict=True):
-                data.write_image(files[i], image.transpose(1, 2, 0))
+                text = {"synthetic": "generated by a model, not a photograph", "prompt": prompts[i],
+                        "seed": str(args.seed + i), **{k: v for k, v in hashes.items() if v}}
+                data.write_image(files[i], image.transpose(1, 2, 0), text if args.metadata else None)
             bar.update(len(indices))
     if args.grid:
         shown = [np.asarray(data.open_image(f)).transpose(2, 0, 1) for f in files[:64]]
@@ -118,6 +176,8 @@ def parse(argv):
     flag("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")
     flag("--decoder-lora", help="adapter folder of the decoder (Kandinsky 2.2)")
     flag("--lora-scale", type=float, default=1.0, help="strength of the adapters; 0 is the base model")
+    flag("--text-encoder", help="folder of the frozen text encoder that an MSDM checkpoint names, if it lies "
+         "elsewhere now")
     flag("--prompt", action="append", help="a prompt; may be given several times")
     flag("--prompts", help="file of prompts: .txt, one a line, or .csv with a Prompt column")
     flag("-n", type=int, default=1, help="images a prompt")
@@ -136,20 +196,42 @@ def parse(argv):
     flag("--text-device", help="device of the text encoder (Kandinsky 3); None: --device")
     flag("--grid", action=argparse.BooleanOptionalAction, default=False,
          help="write a grid of the first 64 images too, grid.png")
+    flag("--metadata", action=argparse.BooleanOptionalAction, default=True,
+         help="say in every PNG that it is synthetic, with its prompt, its seed and the checkpoint's hash")
     flag("--out", required=True, help="data folder to write; run again, only missing images are made")
     args = parser.parse_args(argv)
     at_least_one(args, "n", "batch_size", "steps", "size")
+    check_range(args, -math.inf, math.inf, "guidance", "lora_scale")
+    check_range(args, -2**63, 2**64 - 1, "seed")
     return args
+
+
+def read_prompts(args):
+    """The prompts of all images; BadInput if there are none, too many, or one that cannot be written."""
+    prompts = [*(args.prompt or []), *(data.read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise BadInput("give --prompt TEXT or --prompts FILE")
+    for prompt in (*prompts, args.negative_prompt):
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise BadInput(f"prompt {prompt!r:.100}: expected text in UTF-8")
+    if (total := len(prompts) * args.n) > MOST_IMAGES:
+        raise BadInput(f"-n {args.n}: {total} images, expected at most {MOST_IMAGES}, the names' six digits")
+    if args.seed + total - 1 >= 2**64:
+        raise BadInput(f"--seed {args.seed}: image i has the seed seed + i, which must stay below 2^64")
+    return [p for p in prompts for _ in range(args.n)]
 
 
 def main(argv=None):
     args = parse(argv)
-    prompts = [*(args.prompt or []), *(data.read_prompts(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise BadInput("give --prompt TEXT or --prompts FILE")
-    prompts = [p for p in prompts for _ in range(args.n)]
-    model, hashes = load_model(args)
+    prompts, out = read_prompts(args), Path(args.out)
     given = {"steps": args.steps, "guidance": args.guidance, "height": args.size, "width": args.size}
+    settings = {"prompts": text_hash(*prompts), "solver": args.solver,
+                "negative_prompt": args.negative_prompt, "seed": args.seed}
+    asked = {k: given[k] for k in ("steps", "guidance") if given[k] is not None}
+    check_folder(out, settings | asked)  # before files are hashed, then before weights are loaded
+    load, hashes = find_model(args)
+    check_folder(out, settings | asked | hashes)
+    model = load()
     request = {k: v if given[k] is None else given[k] for k, v in model.defaults.items()}
     request |= {"solver": args.solver, "negative_prompt": args.negative_prompt}
     if request["steps"] > model.T:
@@ -158,13 +240,12 @@ def main(argv=None):
         lora.set_scale(network, args.lora_scale)
     adapted = any(lora.layers(network) for network in model.networks)
     is_kandinsky = "height" in request
-    settings = hashes | {
-        "prompts": text_hash(*prompts), "steps": request["steps"], "solver": args.solver,
-        "guidance": request["guidance"], "negative_prompt": args.negative_prompt, "seed": args.seed,
-        "size": request.get("height"), "dtype": args.dtype or ("float32" if is_kandinsky else None),
+    settings = hashes | settings | {
+        "steps": request["steps"], "guidance": request["guidance"], "size": request.get("height"),
+        "dtype": args.dtype or ("float32" if is_kandinsky else None),
         "lora_scale": args.lora_scale if adapted else None}
-    claim_folder(Path(args.out), settings, prompts, args.seed)
-    write_samples(model, prompts, args, request)
+    claim_folder(out, settings, prompts, args.seed)
+    write_samples(model, prompts, args, request, hashes)
 
 
 if __name__ == "__main__":

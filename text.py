@@ -5,13 +5,32 @@ ALiBi  arXiv:2108.12409  Sec. 3, a penalty on attention logits that is linear in
 BPE    arXiv:1508.07909  byte-pair encoding
 """
 
+import hashlib
+import json
+import re
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from command import BadInput
+from files import text_hash
 from unet import attention
+
+
+def warn_of_cut(encoder, prompts):
+    """One line on stderr if prompts are longer than the text encoder reads; each prompt counts once.
+
+    encoder has `length`, in tokens, and lost(prompt), the end of a prompt that it does not read.
+    """
+    known = vars(encoder).setdefault("checked_prompts", set())
+    new = sorted(set(prompts) - known)
+    known.update(new)
+    if cut := [lost for lost in map(encoder.lost, new) if lost]:
+        print(f"warning: {len(cut)} of {len(new)} prompts {'is' if len(cut) == 1 else 'are'} cut: the text "
+              f"encoder reads {encoder.length} tokens, what stands behind them is lost, for example "
+              f"{' '.join(cut[0].split()[:6])!r}", file=sys.stderr)
 
 
 @dataclass
@@ -85,6 +104,16 @@ class TextTransformer(nn.Module):
             x = layer(x, mask, bias)
         return self.norm(x), mask
 
+    @property
+    def length(self):
+        return self.config.length
+
+    def lost(self, prompt):
+        """The end of a prompt that stands behind its last token, "" for most."""
+        rest = self.tokenizer.encode(prompt).overflowing
+        starts = [a for a, b in rest[0].offsets if a < b] if rest else []
+        return prompt[starts[0]:] if starts else ""
+
     def metadata(self):
         return {"train": asdict(self.config)}
 
@@ -119,16 +148,25 @@ def learn_tokenizer(prompts, vocab=1024):
 
 
 class TextEncoderReference(nn.Module):
-    """The name of a public text encoder whose weights are not part of a checkpoint."""
+    """The name of a public text encoder that is not part of a checkpoint, and its hash, or None."""
 
     trained = False
 
-    def __init__(self, name, length=64):
+    def __init__(self, name, length=64, weights=None):
         super().__init__()
-        self.name, self.length = name, length
+        self.name, self.length, self.weights = hub_name(name), length, weights
 
     def metadata(self):
-        return {"name": self.name, "length": self.length}
+        return {"name": self.name, "length": self.length, "hash": self.weights}
+
+
+def hub_name(name):
+    """The repository of a folder in the hub's cache, as openai/clip-vit-large-patch14; other names as given.
+
+    A checkpoint then names what everyone can fetch, not a place on the machine that it was trained on.
+    """
+    found = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?$", str(name))
+    return f"{found[1]}/{found[2]}" if found else str(name)
 
 
 class FrozenCLIP(TextEncoderReference):
@@ -148,6 +186,20 @@ class FrozenCLIP(TextEncoderReference):
             reason = str(error).splitlines()[0]
             raise BadInput(f"text encoder {name}: neither a folder with a CLIP text model nor available from "
                            f"the hub ({reason}); --text-encoder train learns a small one") from None
+        self.weights = self._hash()
+
+    def _hash(self):
+        """Hash of the weights, as float16, and of the vocabulary: not of files, which a hub repacks."""
+        parts = sorted(hashlib.sha256(str(tuple(p.shape)).encode() + p.half().numpy().tobytes()).hexdigest()
+                       for p in self.model.parameters())
+        return text_hash(*parts, json.dumps(sorted(self.tokenizer.get_vocab().items())))
+
+    def lost(self, prompt):
+        """The end of a prompt that stands behind its last token, "" for most."""
+        ids = self.tokenizer(prompt, verbose=False).input_ids
+        if len(ids) <= self.length:
+            return ""
+        return self.tokenizer.decode(ids[self.length - 1:], skip_special_tokens=True)
 
     @torch.no_grad()
     def forward(self, prompts):

@@ -1,9 +1,10 @@
-"""What the training scripts share: processes and device, seeds, EMA, the step, the run folder, resume.
+"""What the training scripts share: processes and device, seeds, EMA, the step, the loop, flags.
 
 All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state
 of a run is its weights, its optimiser and its step, and a run killed at any moment and resumed ends with the
 same weights, bit for bit on a CPU, as one that was never killed. A run stopped by Ctrl-C or --minutes also
-validates where it stops.
+validates where it stops. Nothing that is not finite is ever saved: a step whose loss or gradient is not
+finite is not taken, and the run ends there.
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
@@ -11,16 +12,13 @@ import argparse
 import atexit
 import contextlib
 import hashlib
-import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -29,8 +27,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from command import BadInput, at_least_one, best_device
-from files import read_json, replacing, save_safetensors, write_json
+from command import BadInput, at_least_one, best_device, check_range
+from runfolder import Run, read_run
 
 # Processes
 
@@ -47,17 +45,20 @@ class Distributed:
     def is_main(self):
         return self.rank == 0
 
-    def average_gradients(self, params):
-        """The mean over the ranks, in one collective."""
+    def average_gradients(self, params, loss=None):
+        """The mean over the ranks, in one collective; returns the mean of a scalar tensor loss, too."""
         if self.size == 1:
-            return
+            return loss
         params = list(params)
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
-        flat = torch.cat([g.flatten() for g in grads])
+        more = [] if loss is None else [loss.to(grads[0]).view(1)]
+        flat = torch.cat([g.flatten() for g in (*grads, *more)])
         dist.all_reduce(flat)
         flat /= self.size
-        for p, g, part in zip(params, grads, flat.split([g.numel() for g in grads]), strict=True):
+        parts = flat.split([g.numel() for g in (*grads, *more)])
+        for p, g, part in zip(params, grads, parts, strict=False):
             p.grad = g.copy_(part.view_as(p))  # into g, whose strides are p's: fused optimisers need that
+        return parts[-1].view(()) if more else None
 
     def mean(self, value: float):
         """The mean of a number over the ranks, on every rank; all must call it."""
@@ -76,19 +77,60 @@ class Distributed:
         if self.size > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def together(self):
+        """`with world.together():` ends on all ranks at once: if it fails on one, no other waits for it.
+
+        All ranks must enter it, and no collective may stand inside.
+        """
+        error = None
+        try:
+            yield
+        except (BadInput, OSError) as raised:
+            error = raised
+        failed = self.mean(float(error is not None)) > 0
+        if error is not None:
+            raise error
+        if failed:
+            raise BadInput("another process of this training stopped; its own line says why")
+
 
 def start(device="auto"):
     """The Distributed of this process. All ranks build equal weights from one seed: nothing is broadcast."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size, rank, local_rank = processes()
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank}"
     device = best_device(device)
     if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:  # five minutes for the other processes to appear; a wait inside the training may be longer
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=size)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"WORLD_SIZE={size}: the processes did not find each other ({reason}); start them "
+                           "by torchrun, or unset WORLD_SIZE and RANK for one process") from None
         atexit.register(dist.destroy_process_group)  # an exit with an open group may abort other ranks
     return Distributed(rank, size, device)
+
+
+def processes():
+    """(number of processes, rank, rank on this machine) as torchrun says them; (1, 0, 0) without it."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if "RANK" not in given and given.get("WORLD_SIZE", "1") == "1":
+        return 1, 0, 0
+    out = "; start several processes by torchrun, or unset WORLD_SIZE and RANK for one process"
+    if missing := [name for name in names if name not in given and name != "LOCAL_RANK"]:
+        found = ", ".join(f"{k}={v}" for k, v in given.items())
+        raise BadInput(f"{found} in the environment, but no {' and no '.join(missing)}{out}")
+    numbers = [given["WORLD_SIZE"], given["RANK"], given.get("LOCAL_RANK", given["RANK"])]
+    if not all(n.isdecimal() for n in numbers) or not int(numbers[1]) < int(numbers[0]):
+        raise BadInput(f"WORLD_SIZE={numbers[0]}, RANK={numbers[1]}, LOCAL_RANK={numbers[2]} in the "
+                       f"environment: expected whole numbers, each rank below the size{out}")
+    return tuple(int(n) for n in numbers)
 
 
 def autocast(device):
@@ -119,7 +161,7 @@ def batch_indices(n, batch_size, step, seed):
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     out = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(positions // n):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(n)
+        order = np.random.default_rng([seed % 2**64, int(epoch)]).permutation(n)  # numpy: from 0
         here = positions // n == epoch
         out[here] = order[positions[here] % n]
     return torch.from_numpy(out)
@@ -148,19 +190,29 @@ class Batch:
         return [self[part] for part in data.batches(len(self), math.ceil(len(self) / n))]
 
 
-def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor):
+def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor, step=1, names=()):
     """One step of the optimiser on the mean of loss_fn(part) over a batch that passes in `accumulate` parts.
 
     Gradients are averaged over the ranks and clipped to norm 1; learning rates are multiplied by `factor`.
-    Returns the loss of the batch (a tensor, without gradient) and the norm before clipping.
+    Returns the loss of the batch (a tensor, without gradient) and the norm before clipping. BadInput on all
+    ranks, before anything has changed, if one of the two is not finite; step and names of the batch's images
+    are for its message. Reading both is the one wait for a GPU that this costs.
     """
     total = 0.0
     for part in batch.chunk(accumulate):
         loss = loss_fn(part) * len(part) / len(batch)
         loss.backward()
         total = total + loss.detach()
-    world.average_gradients(params.values())
+    mean = world.average_gradients(params.values(), total)
     norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+    found = torch.stack([mean.to(norm), norm]).tolist()
+    if not all(map(math.isfinite, found)):
+        names = list(dict.fromkeys(names))
+        shown = ", ".join(names[:12]) + f" and {len(names) - 12} more" * (len(names) > 12)
+        rate = factor * opt.parts[0].defaults["lr"]
+        raise BadInput(f"step {step}: the loss is {found[0]:g} and the norm of its gradient {found[1]:g}, "
+                       f"with learning rate {rate:g} and images {shown}. The step was not taken, what was "
+                       "saved before is whole; give a lower --lr or a longer --warmup, and another --out")
     opt.step(factor)
     if ema is not None:
         ema.update()
@@ -209,113 +261,7 @@ class EMA:
             p.data, self.average[k] = self.average[k], p.data
 
 
-# The run folder
-
-
-class Run:
-    """runs/NAME/: config.json, metrics.jsonl, samples/, last and best checkpoints; state.pt to resume from.
-
-    settings must not change between two starts, except those named in FREE; inputs count by their hash, not
-    by their path.
-    """
-
-    FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "text_device", "steps", "epochs",
-            "minutes", "device", "log_every", "save_every", "shown", "sample_steps")
-
-    def __init__(self, folder, settings: dict, fingerprint: str, world):
-        self.folder, self.world, self.best = Path(folder), world, math.inf
-        self.state_file = self.folder / "state.pt"
-        settings = json.loads(json.dumps(settings, default=str))
-        self.config = {"settings": settings, "data": fingerprint, "versions": versions(),
-                       "commit": git_commit()}
-        config_file = self.folder / "config.json"
-        if config_file.exists():
-            old = read_json(config_file)
-            if not isinstance(old, dict) or not {"settings", "data"} <= old.keys():
-                raise BadInput(f"{self.folder}: holds something else than a training run; give another --out")
-            for key in sorted(settings.keys() | old["settings"].keys()):
-                was, now = old["settings"].get(key), settings.get(key)
-                if was != now and key not in self.FREE:
-                    raise BadInput(f"{self.folder}: this run was started with {key}={was!r}, "
-                                   f"now {key}={now!r}; give another --out")
-            if old["data"] != fingerprint:
-                raise BadInput(f"{self.folder}: this run was started on other data "
-                               f"({old['data']}, now {fingerprint})")
-        if world.is_main:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            for unfinished in self.folder.glob(".*.*.*"):  # left by a kill (files.replacing)
-                unfinished.unlink()
-            write_json(config_file, self.config)
-        world.barrier()
-
-    def restore(self, weights, opt, ema=None):
-        """The step of the saved state, whose weights, averages and optimiser are put back; 0 for a new run.
-
-        weights: tensors by name, filled in place. Lines of metrics.jsonl after that step are dropped, because
-        the resumed run writes them again.
-        """
-        state = None
-        if self.state_file.exists():
-            state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        step = 0 if state is None else state["step"]
-        if self.world.is_main:
-            self._cut_log(step)
-        if state is not None:
-            self.best = state["best"]
-            for k, tensor in weights.items():
-                tensor.data.copy_(state["weights"][k])
-            for k in ema.average if ema else ():
-                ema.average[k].copy_(state["ema"][k])
-            opt.load_state_dict(state["optimiser"])
-        if ema:
-            ema.step = step
-        return step
-
-    def save_progress(self, step, weights, opt, ema=None):
-        """What restore puts back."""
-        if not self.world.is_main:
-            return
-        state = {"step": step, "best": self.best, "optimiser": opt.state_dict(), "ema": ema and ema.average,
-                 "weights": {k: tensor.detach() for k, tensor in weights.items()}}
-        with replacing(self.state_file) as tmp:
-            torch.save(state, tmp)
-
-    def keep(self, step, val_loss, save, **values):
-        """Log a validation; save("last"), and save("best") if its loss is the lowest so far. Rank 0 saves."""
-        self.log(step=step, val_loss=val_loss, **values)
-        is_best = val_loss < self.best
-        self.best = min(self.best, val_loss)
-        if self.world.is_main:
-            for name in ["best"] * is_best + ["last"]:
-                save(name)
-
-    def save_checkpoint(self, name, tensors, metadata):
-        save_safetensors(self.folder / f"{name}.safetensors", tensors, metadata)
-
-    def save_samples(self, step, images, columns=None):
-        """samples/STEP.png, a sheet of uint8 images (n, 3, h, w)."""
-        data.write_grid(self.folder / "samples" / f"{step:07d}.png", images, columns)
-
-    def log(self, **values):
-        """One line of metrics.jsonl; values are numbers."""
-        if self.world.is_main:
-            line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-
-    def _cut_log(self, step):
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break  # the line that a kill left unfinished
-        with replacing(path) as tmp:
-            tmp.write_text("".join(kept), encoding="utf-8")
+# The loop
 
 
 class Loop:
@@ -357,7 +303,7 @@ class Loop:
             self.decided, self.ends = step, self.world.mean(float(stop)) > 0 or step + 1 >= self.steps
         return self.ends
 
-    def log(self, run, step, loss, **values):
+    def log(self, run: Run, step, loss, **values):
         """A line of metrics.jsonl, and the loss next to the progress bar."""
         loss = self.world.mean(loss.item())
         run.log(step=step, loss=loss, **values)
@@ -368,20 +314,6 @@ class Loop:
         if self.stopped_by is not None:
             print("stopped and saved; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + self.stopped_by)
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def git_commit():
-    try:
-        here = Path(__file__).resolve().parent
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True,
-                             timeout=10)
-        return out.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 # Flags
@@ -399,6 +331,8 @@ def add_flags(parser, presets):
         parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{text} ({default})", **settings)
 
+    parser.add_argument("--from-run", metavar="RUN",
+                        help="run folder to repeat: flags that are not given come from its config.json")
     parser.add_argument("--data", required=True, help="data folder")
     parser.add_argument("--captions", help="captions file, when it is not the folder's own")
     parser.add_argument("--out", required=True, help="run folder; an existing run is resumed")
@@ -412,11 +346,63 @@ def add_flags(parser, presets):
                         help="parts in which a batch passes through the network")
     parser.add_argument("--minutes", type=float,
                         help="stop cleanly after this many minutes; the same command resumes")
-    parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise")
+    parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise; 64 bits")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return flag
+
+
+def repeated(parser, argv):
+    """The command line argv (None: this process's) after the words that --from-run's run stands for.
+
+    parser: of the command. Settings that are no flags of it, hashes for example, are not repeated.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--from-run")
+    folder = own.parse_known_args(argv)[0].from_run
+    if folder is None:
+        return argv
+    if (config := read_run(folder)) is None:
+        raise BadInput(f"--from-run {folder}: no config.json, expected the folder of a training run")
+    words = []
+    for action in parser._actions:  # argparse has no public list of its flags
+        value = config["settings"].get(action.dest)
+        if value is None or not action.option_strings:
+            continue
+        flag = action.option_strings[0]
+        if isinstance(value, bool):
+            words += [flag] if value else [w for w in action.option_strings if w.startswith("--no-")]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={str(value).removeprefix('torch.')}")
+    return [*words, *argv]
+
+
+def settings_of(args):
+    """The flags of a command by name: what config.json keeps of them."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "from_run")}
+
+
+def check_flags(args):
+    """BadInput for values outside of their range, before anything is read. Absent flags pass."""
+    def present(*names):
+        return [name for name in names if name in args]
+
+    at_least_one(args, *present("steps", "batch_size", "accumulate", "log_every", "save_every", "views",
+                                "join", "sample_steps"))
+    check_range(args, 0, 1, *present("p_uncond", "p_self_cond", "jitter", "ema_decay", "lora_dropout"))
+    check_range(args, 0, math.inf, *present("lr", "muon_lr", "warmup", "minutes", "shown", "min_snr_gamma",
+                                            "l1_weight", "kl_weight", "half_weight"))
+    check_range(args, -2**63, 2**64 - 1, *present("seed"))
+    mean, deviation = getattr(args, "logit_normal", None) or (0, 1)
+    if not (math.isfinite(mean) and 0 < deviation < math.inf):
+        raise BadInput(f"--logit-normal {mean:g} {deviation:g}: expected a number and a deviation above 0")
+    epochs = getattr(args, "epochs", None)
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise BadInput(f"--epochs {epochs:g}: expected a number above 0")
 
 
 def fill_defaults(args, settings: dict):
@@ -424,8 +410,6 @@ def fill_defaults(args, settings: dict):
     for name, value in settings.items():
         if name not in args:
             setattr(args, name, value)
-    counts = ("batch_size", "accumulate", "log_every", "save_every", "views", "join", "sample_steps")
-    at_least_one(args, *(name for name in counts if name in args))
 
 
 def read_data(args):

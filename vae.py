@@ -26,7 +26,7 @@ from command import BadInput, run_command
 from files import file_hash, load_safetensors, read_state
 from optim import Optimizers, lr_factor
 from unet import ResBlock, zero_init
-from weights import check_format, load_state
+from weights import check_format, described_by, load_state
 
 
 @dataclass
@@ -220,7 +220,7 @@ def load(path, device="cpu") -> VAE:
     """The VAE of a checkpoint written here, frozen."""
     tensors, meta = load_safetensors(path)
     check_format(path, meta, "vae", FORMAT, "train it anew with vae.py")
-    with torch.device("meta"):
+    with described_by(path), torch.device("meta"):
         vae = VAE(VAEConfig(**meta["config"]))
     return load_state(vae, tensors, path).to(device).eval().requires_grad_(False)
 
@@ -295,14 +295,16 @@ def train(args):
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
     if args.size % vae.factor or args.size < 32:
         raise BadInput(f"--size {args.size}: expected a multiple of {vae.factor}, 32 or more")
-    perceptual, perceptual_hash = find_perceptual(args.perceptual)
-    perceptual = perceptual and perceptual.to(device)
-    train_records, val_records, fingerprint = training.read_data(args)
-    images, _ = data.load_images(train_records, args.size, args.crop)
-    val_images, _ = data.load_images(val_records, args.size, args.crop)
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    settings |= {"perceptual": perceptual_hash, "network": asdict(vae.config)}
-    run = training.Run(args.out, settings, fingerprint, world)
+    with world.together():
+        perceptual, perceptual_hash = find_perceptual(args.perceptual)
+        perceptual = perceptual and perceptual.to(device)
+        train_records, val_records, fingerprint = training.read_data(args)
+        total = len(train_records) + len(val_records)
+        images, train_records = data.load_images(train_records, args.size, args.crop, total=total)
+        val_images, _ = data.load_images(val_records, args.size, args.crop, total=total)
+    settings = training.settings_of(args) | {"perceptual_weights": perceptual_hash,
+                                             "network": asdict(vae.config)}
+    run = training.Run(args.out, settings, fingerprint, world, "Autoencoder", args.from_run)
 
     params = dict(vae.named_parameters())
     opt = Optimizers(params, args.lr, args.muon_lr, ends=("down.0.", "to_img", "to_half"))
@@ -318,7 +320,7 @@ def train(args):
             with torch.no_grad():
                 img = data.to_float(val_images[:8]).to(device)
                 both = torch.cat([img, vae.decode(vae.encode(img))])
-                run.save_samples(step, data.to_uint8(both), columns=len(img))
+                data.write_grid(run.sheet(step), data.to_uint8(both), columns=len(img))
         vae.train()
         run.save_progress(step, vae.state_dict(), opt)
 
@@ -326,18 +328,18 @@ def train(args):
     start = run.restore(vae.state_dict(), opt)
     loop = training.Loop(f"vae {args.preset}", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(len(images), args.batch_size, step, args.seed)
+        indices = world.batch(len(images), run.batch_size, step, args.seed)
         batch = draw_batch(vae, images[indices], args.jitter, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, None, world,
-                                         factor)
+                                         factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
             checkpoint(step + 1)
     loop.finish()
     if world.is_main:
-        print(f"{run.folder}/best.safetensors: validation loss {run.best:.4f}, "
+        print(f"{run.result()}: validation loss {run.best:.4f}, "
               f"latent scale {vae.latent_scale.item():.4f}")
 
 
@@ -358,7 +360,8 @@ def main(argv=None):
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     parser.add_argument("--perceptual", default="auto",
                         help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(training.repeated(parser, argv))
+    training.check_flags(args)
     training.fill_defaults(args, TRAINING[args.preset])
     train(args)
 

@@ -4,14 +4,16 @@ A network with published checkpoints carries a table of rename rules, `published
 every tensor sets one parameter and every parameter is set, or an error lists what does not fit.
 """
 
+import contextlib
 import functools
+import math
 import re
 from pathlib import Path
 
 import torch
 
-from command import BadInput
-from files import load_safetensors, read_json
+from command import BadInput, reason
+from files import load_safetensors, read_json, text_hash
 
 DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kandinsky have in common
     ("down_blocks.#", "down.#"),
@@ -27,6 +29,9 @@ DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kand
     ("attn.#.group_norm", "attn.#.norm"),
     ("conv_norm_out", "norm_out"),
 )
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes that weights may have
 
 
 def rename(name, rules, back=False):
@@ -68,14 +73,40 @@ def load_state(module, tensors, source, rules=(), dtype=None):
     extra = sorted(names[k] for k in names.keys() - own.keys())
     shapes = [f"{names[k]} expected {tuple(own[k].shape)}, got {tuple(tensors[names[k]].shape)}"
               for k in sorted(own.keys() & names.keys()) if own[k].shape != tensors[names[k]].shape]
-    if missing or extra or shapes or duplicates:
-        problems = {"not set": missing, "not read": extra, "other shapes": shapes, "duplicates": duplicates}
-        parts = [f"{problem}: {', '.join(which)}" for problem, which in problems.items() if which]
+    kinds = [f"{names[k]} expected {_kind(own[k])}, got {tensors[names[k]].dtype}"
+             for k in sorted(own.keys() & names.keys()) if _kind(own[k]) != _kind(tensors[names[k]])]
+    if missing or extra or shapes or duplicates or kinds:
+        problems = {"not set": missing, "not read": extra, "other shapes": shapes, "duplicates": duplicates,
+                    "other dtypes": kinds}
+        parts = [f"{problem}: {listed(which, 20)}" for problem, which in problems.items() if which]
         raise BadInput(f"{source}: does not fit {type(module).__name__}: " + "; ".join(parts))
     ours = {k: tensors[names[k]] for k in own}
-    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in ours.items()}
+    cast = {k: v.to(dtype or own[k].dtype) if v.is_floating_point() else v.to(own[k].dtype)
+            for k, v in ours.items()}
+    check_finite(source, {names[k]: v for k, v in cast.items()})
     module.load_state_dict(cast, strict=True, assign=True)
     return module
+
+
+def _kind(tensor):
+    if tensor.dtype in FLOATS:
+        return "floats"
+    return "whole numbers" if tensor.dtype in (torch.bool, torch.int64, torch.int32) else "others"
+
+
+def listed(names, most):
+    """The first names, and how many more there are: a message stays a line."""
+    return ", ".join([*names[:most], *[f"and {len(names) - most} more"] * (len(names) > most)])
+
+
+def check_finite(source, tensors):
+    """BadInput for weights that hold NaN or infinity, as a run that diverged leaves: every image is black."""
+    def finite(x):  # least and largest keep NaN, and need no copy
+        return all(torch.isfinite(end) for end in torch.aminmax(x.detach()))
+
+    wrong = [k for k, v in tensors.items() if v.is_floating_point() and v.numel() and not finite(v)]
+    if wrong:
+        raise BadInput(f"{source}: NaN or infinite weights in {len(wrong)} tensors: {listed(wrong, 5)}")
 
 
 def check_format(path, meta, kind, number, remedy):
@@ -88,6 +119,18 @@ def check_format(path, meta, kind, number, remedy):
         raise BadInput(f"{path}: {versions}; {remedy}")
 
 
+@contextlib.contextmanager
+def described_by(path):
+    """`with described_by(path):` builds a model of a checkpoint's metadata; BadInput if that fails."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # wrong sizes, kinds or names fail somewhere inside the network
+        raise BadInput(f"{path}: its metadata do not describe a model ({reason(error)}); the file is damaged "
+                       "or of another version: train or import it anew") from None
+
+
 def check_config(config, source, kind, defaults, allowed):
     """The settings of a published config.json that are read, or BadInput with every unsupported value.
 
@@ -95,29 +138,81 @@ def check_config(config, source, kind, defaults, allowed):
     values of settings that are not read.
     """
     if config.get("_class_name", kind) != kind:
-        raise BadInput(f"{source}: expected the config of a {kind}, got {config['_class_name']}")
-    wrong = [f"{k}={v!r}" for k, v in config.items()
+        raise BadInput(f"{source}: expected the config of a {kind}, got {str(config['_class_name']):.100}")
+    wrong = [f"{k}={v!r:.100}" for k, v in config.items()
              if not k.startswith("_") and k not in defaults and v not in allowed.get(k, ())]
     if wrong:
-        raise BadInput(f"{source}: not supported in a {kind}: {', '.join(wrong)}")
-    return defaults | {k: v for k, v in config.items() if k in defaults}
+        raise BadInput(f"{source}: not supported in a {kind}: {listed(wrong, 20)}")
+    settings = defaults | {k: v for k, v in config.items() if k in defaults}
+    for key, value in settings.items():
+        if (expected := _expected(key, value, defaults[key])) is not None:
+            raise BadInput(f"{source}: not supported: {key}={value!r:.100}, expected {expected}")
+    return settings
 
 
-def fetch(name):
-    """A local folder, or the hub's cache of a repository: configs, tokenizers, safetensors."""
+def _expected(key, value, default):
+    """What a setting must be, by the kind of its default, if it is something else; None: of any kind."""
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple) and 1 <= len(value) <= 16:
+            first = default[0] if default else ""
+            return next((f"a list of such: {e}" for v in value if (e := _expected(key, v, first))), None)
+        return "a list of 1 to 16 values"
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):  # a network of a million layers would be built for hours
+        low, high = min(default, 1), 256 if "layers" in key else 1 << 16
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole and low <= value <= high else f"one whole number from {low} to {high}"
+    if isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number and 0 <= value < math.inf else "one finite number from 0"
+    if isinstance(default, str):
+        return None if isinstance(value, str) else "a string"
+    return None
+
+
+def check_divisible(source, key, values, by_key, by):
+    """BadInput for values of the setting key that are not multiples of by, a setting or twice it."""
+    if wrong := [v for v in values if v % by]:
+        raise BadInput(f"{source}: not supported: {key} holds {wrong[0]}, not a multiple of {by} ({by_key})")
+
+
+def fetch(name, dtype=None):
+    """A local folder, or the hub's cache of a repository: configs, tokenizers, safetensors.
+
+    Of weights in two precisions only those for dtype are downloaded. Never code, never pickles.
+    """
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise BadInput(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download  # only here: a local folder needs no hub
+    import huggingface_hub as hub  # only here: a local folder needs no hub
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(snapshot_download(str(name), allow_patterns=patterns))
+        try:
+            patterns = files_to_fetch(hub.list_repo_files(str(name)), dtype)
+        except Exception:  # offline, in whichever words: what is in the hub's cache
+            patterns = ["*" + ending for ending in FETCHED]
+        return Path(hub.snapshot_download(str(name), allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"{name}: no such folder, and the hub gave no repository of this name ({reason})"
+        message = f"{name}: no such folder, and the hub gave no repository of this name ({reason(error)})"
         raise BadInput(message) from None
+
+
+FETCHED = (".json", ".txt", ".model", ".safetensors")  # endings of configs, tokenizers, weights
+
+
+def files_to_fetch(names, dtype=None):
+    """The files of a repository that a model of dtype is read from, of all their names."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    names = [n for n in names if n.endswith(FETCHED)]
+    weights = {}  # folder -> is it half precision -> names of the weights and their indices
+    for n in names:
+        if ".safetensors" in n:
+            folder, _, file = n.rpartition("/")
+            weights.setdefault(folder, {}).setdefault(".fp16" in file, []).append(n)
+    unread = {n for both in weights.values() if len(both) == 2 for n in both[not half]}
+    return [n for n in names if n not in unread]
 
 
 def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
@@ -138,17 +233,26 @@ def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
 
 def _read_shards(index):
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BadInput(f"{index}: expected a weight_map from tensors to files")
     tensors = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise BadInput(f"{index}: expected names of files beside it, got {shard}")
-        found = load_safetensors(index.with_name(shard))[0]
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise BadInput(f"{index}: expected names of files beside it, .safetensors, got {shard:.100}")
+        file = index.with_name(shard)
+        if not _is_in(file.resolve(), file.parent.resolve()):
+            raise BadInput(f"{file}: a link out of its folder; expected the file itself")
+        found = load_safetensors(file)[0]
         if both := sorted(tensors.keys() & found.keys()):
-            raise BadInput(f"{index}: in more than one shard: {', '.join(both)}")
+            raise BadInput(f"{index}: in more than one shard: {listed(both, 5)}")
         tensors |= found
     return tensors
+
+
+def _is_in(file, folder):
+    """Whether a file lies in a folder, or folder/file is a link of the hub's cache: snapshots -> blobs."""
+    snapshots = next((p for p in folder.parents if p.name == "snapshots"), None)
+    return file.parent in (folder, snapshots and snapshots.with_name("blobs"))
 
 
 def load_published(build, folder, dtype):
@@ -157,6 +261,23 @@ def load_published(build, folder, dtype):
     Its parameters stay trainable: if frozen, torch chooses other kernels, and outputs differ in the last bit.
     """
     config, tensors = read_checkpoint(folder, dtype)
-    with torch.device("meta"):
-        module = build(config)
-    return load_state(module, tensors, folder, module.published_names, dtype).eval()
+    try:
+        with torch.device("meta"):
+            module = build(config)
+    except BadInput as error:
+        raise BadInput(f"{folder}/config.json: {error}") from None
+    module = load_state(module, tensors, folder, module.published_names, dtype).eval()
+    module.base = base_of(folder, tensors)
+    return module
+
+
+def base_of(folder, tensors):
+    """Which network an adapter belongs to: its name without the path to it, and a hash of some weights.
+
+    The hash is over the start of every tensor, as in half precision, so that both precisions agree.
+    """
+    path = Path(folder).resolve()
+    hub = next((p for p in path.parents if p.name.startswith("models--")), None)
+    name = hub.name.removeprefix("models--").replace("--", "/") if hub else path.parent.name
+    starts = ((k, tensors[k].flatten()[:16].half().tolist()) for k in sorted(tensors))
+    return {"name": name, "hash": text_hash(*(part for start in starts for part in start))}

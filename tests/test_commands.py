@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from helpers import ROOT, log_lines, run, start, torchrun
 from PIL import Image
 from resume_after_kill import kill_at, run_whole
 
+import data
 import msdm
 import sampler
 import vae
@@ -59,7 +61,7 @@ def test_a_killed_vae_run_ends_with_the_same_bytes(made, tmp_path):
     killed = start("vae.py", *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "again" / "state.pt"
     for _ in range(3000):
-        if state.exists() or killed.poll() is not None:
+        if (tmp_path / "again/last.safetensors").exists() or killed.poll() is not None:
             break
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
@@ -162,6 +164,46 @@ def test_a_folder_of_another_kind_is_not_taken_for_a_run(made, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = run("msdm.py", *msdm_flags(made), "--out", tmp_path, expect=2)
     assert "something else than a training run" in done.stderr
+
+
+def test_a_run_can_be_repeated_from_its_folder(made, tmp_path):
+    flags = ["--data", made / "data", "--size", 32, "--steps", 10, "--perceptual", "off", "--batch-size", 3,
+             "--lr", 2e-3, "--seed", -7, "--log-every", 1, "--no-cosine"]
+    in_process("vae.py", *flags, "--out", tmp_path / "vae")
+    more = ["--vae", made / "vae/best.safetensors", "--shown", 0, "--logit-normal", -0.5, 0.8, "--join", 2]
+    in_process("msdm.py", *(f for f in flags if f not in ("--perceptual", "off")), *more, "--out",
+               tmp_path / "msdm")
+    for name in ("vae", "msdm"):
+        in_process(f"{name}.py", "--from-run", tmp_path / name, "--out", tmp_path / f"{name}-again")
+        losses = [[line["loss"] for line in log_lines(tmp_path / f) if "loss" in line]
+                  for f in (name, f"{name}-again")]
+        assert len(losses[0]) == 10 and losses[1] == pytest.approx(losses[0], rel=0, abs=1e-6)
+    in_process("vae.py", "--from-run", tmp_path / "vae", "--steps", 2, "--out", tmp_path / "short")
+    assert log_lines(tmp_path / "short")[-1]["step"] == 2  # a flag on the command line wins
+
+
+def test_a_folder_to_repeat_must_be_a_run(made, tmp_path):
+    done = run("vae.py", "--from-run", tmp_path / "absent", "--out", tmp_path / "out", expect=2)
+    assert "absent: no config.json, expected the folder of a training run" in done.stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_last_good_state(made, tmp_path):
+    flags = ["--data", made / "data", "--size", 32, "--perceptual", "off", "--lr", 1e30, "--warmup", 0,
+             "--steps", 9, "--save-every", 4, "--out", tmp_path]
+    done = run("vae.py", *flags, expect=2)
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "The step was not taken" in lines[0] and ".png" in lines[0]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["weights"].values())
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_one_unreadable_image_held_out_stops_no_training(made, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "data")
+    held_out = data.split(data.read_folder(tmp_path / "data"))[1][0].path
+    held_out.write_bytes(held_out.read_bytes()[:100])
+    run("vae.py", "--data", tmp_path / "data", "--size", 32, "--steps", 1, "--perceptual", "off", "--out",
+        tmp_path / "vae")
 
 
 COMMANDS = sorted(p.stem for p in ROOT.glob("*.py") if "\ndef main(" in p.read_text(encoding="utf-8"))

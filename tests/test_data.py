@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
+import random
+import resource
+import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 import data
+import pixels
 from command import BadInput
 from data import Record
 
@@ -124,6 +130,40 @@ def test_missing_folders_and_files(folder, tmp_path):
         data.read_folder(folder, folder / "x.csv")
 
 
+@pytest.mark.parametrize("text, expected", [
+    ('Prompt;Filename\nok;a\n"no end;b\nok;c\n', "row 3: a quote is not closed in its line"),
+    ('Prompt;Filename\n"two\nlines";a\n', "row 2: a quote is not closed in its line"),
+    ("Prompt;Filename\nok;a;;\n", "row 2: expected 2 fields, got 4, the last ones empty"),
+    ("Prompt;Filename\nok;../images/a.jpg\n", "row 2: no image '../images/a.jpg'"),
+    ("Prompt;Filename\nok;/etc/a.jpg\n", "row 2: no image '/etc/a.jpg'"),
+    ("Prompt;Filename\nok;d.tif\n", "row 2: no image 'd.tif' in .*: the file is there, but only .jpg, .jpeg"),
+])
+def test_rows_that_would_be_read_wrongly_are_refused(folder, text, expected):
+    image().save(folder / "images" / "d.tif")
+    (folder / "prompt-gt.csv").write_text(text)
+    with pytest.raises(BadInput, match=expected):
+        data.read_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["images\\caf\u00e9.png", ".\\images\\cafe\u0301.png", "cafe\u0301",
+                                  "images/caf\u00e9.png"])
+@pytest.mark.parametrize("on_disk", ["caf\u00e9.png", "cafe\u0301.png"])
+def test_a_name_is_found_in_every_spelling(folder, name, on_disk):
+    image().save(folder / "images" / on_disk)
+    data.write_captions(folder, [("x", name)])
+    assert [r.name for r in data.read_folder(folder)] == [on_disk]
+
+
+def test_quotes_around_a_word_are_kept(folder):
+    (folder / "prompt-gt.csv").write_text('Filename;Prompt\na;"large" polyp\nb;a "flat" one\n')
+    assert [r.prompts for r in data.read_folder(folder)] == [['"large" polyp'], ['a "flat" one']]
+
+
+def test_a_pipe_is_no_image(folder):
+    os.mkfifo(folder / "images" / "pipe.png")
+    assert [p.name for p in data.list_images(folder)] == ["a.jpg", "b.png", "c.jpg"]
+
+
 # ---- pixels ----
 
 def colours(img):
@@ -170,6 +210,81 @@ def test_exif_rotation_is_applied(tmp_path, orientation, turned):
     exif[0x0112] = orientation
     image().save(tmp_path / "r.png", exif=exif)
     np.testing.assert_array_equal(data.open_image(tmp_path / "r.png"), image().transpose(turned))
+
+
+def with_exif(path, *entries):
+    """A JPEG with these EXIF entries (tag, type, count, value of four bytes)."""
+    image().save(path)
+    ifd = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3].ljust(4, b"\0") for entry in entries)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + ifd + bytes(4)
+    jpeg = path.read_bytes()
+    path.write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_is_read_past(tmp_path):
+    turned, text = (0x112, 3, 1, struct.pack("<H", 6)), (282, 2, 3, b"72\0")
+    for entries, size in (((turned, text), (32, 48)), ((turned, (315, 5, 1, bytes(4))), (32, 48)),
+                          (((0x112, 2, 3, b"up\0"),), (48, 32)),
+                          ((text, (0xffff, 99, 2 ** 31, b"")), (48, 32))):
+        assert data.open_image(with_exif(tmp_path / "e.jpg", *entries)).size == size
+    rng = random.Random(0)
+    for _ in range(300):
+        entries = [(rng.choice((0x112, 282, 0x8769, 0xA005)), rng.randrange(14),
+                    rng.choice((0, 1, 9, 2 ** 31)), rng.randbytes(4)) for _ in range(3)]
+        assert sorted(data.open_image(with_exif(tmp_path / "e.jpg", *entries)).size) == [32, 48]
+
+
+@pytest.mark.parametrize("top, white, words", [(200, 255, "read as 8 bits"), (4000, 4095, "read as 12 bits"),
+                                              (16000, 16383, "read as 14 bits"), (20000, 65535, ""),
+                                              (65535, 65535, "")])
+def test_greys_of_16_bits_are_never_nearly_black(tmp_path, capsys, top, white, words):
+    grey = np.linspace(0, top, 32 * 32).reshape(32, 32).round().astype(np.uint16)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(grey).save(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(data.open_image(tmp_path / name))[..., 0],
+                                      grey.astype(int) * 255 // white)
+    err = capsys.readouterr().err
+    assert err.count("\n") == bool(words) and words in err                  # once, not for every image
+
+
+def test_a_hot_pixel_does_not_hide_a_black_image(tmp_path, capsys):
+    grey = np.full((32, 32), 900, np.uint16)
+    grey[0, 0] = 65535
+    Image.fromarray(grey).save(tmp_path / "hot.png")
+    data.open_image(tmp_path / "hot.png")
+    assert "99 % of the image is nearly black" in capsys.readouterr().err
+
+
+def test_only_formats_of_images_are_decoded(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(BadInput, match="x.png: the file is no JPEG or PNG"):
+        data.open_image(tmp_path / "x.png")
+
+
+def test_bombs_and_endless_strips_are_one_line(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.new("1", (70000, 1)).save(tmp_path / "strip.png")
+    for name, why in (("bomb.png", "decompression bomb"), ("strip.png", "sides of at most 65535")):
+        with pytest.raises(BadInput, match=why) as error:
+            data.open_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("w, h", [(60, 31), (31, 60), (1, 500), (3000, 7), (2048, 1537), (40, 40)])
+def test_padding_gives_the_bytes_of_the_whole_square(w, h):
+    img, side = image(w, w, h), max(w, h)
+    square = Image.new("RGB", (side, side))
+    square.paste(img, ((side - w) // 2, (side - h) // 2))
+    np.testing.assert_array_equal(data.preprocess(img, 24),
+                                  np.array(square.resize((24, 24), Image.Resampling.BICUBIC)))
+
+
+def test_padding_a_long_strip_needs_little_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data.preprocess(Image.new("RGB", (60000, 12), (120, 60, 40)), 32)      # the square would be 10.8 GB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
 def broken_files(folder):
@@ -248,6 +363,22 @@ def test_many_unreadable_images_stop_the_run(tmp_path):
         data.load_images(many(tmp_path, 40, bad=3), 8)
 
 
+def test_the_five_percent_may_be_of_more_images(tmp_path):
+    records = many(tmp_path, 10, bad=1)
+    with pytest.raises(BadInput, match="1 of 10 images cannot be read, more than 5 %; "):
+        data.load_images(records, 8)
+    assert len(data.load_images(records, 8, total=100)[1]) == 9
+    with pytest.raises(BadInput, match="1 of 1 images cannot be read, more than 5 % of 100"):
+        data.load_images(records[:1], 8, total=100)
+
+
+def test_reading_ahead_is_bounded_and_in_order():
+    begun = []
+    ahead = data.read_ahead(lambda i: begun.append(i) or i, 50, workers=3, ahead=5)
+    assert next(ahead) == 0 and len(begun) <= 6
+    assert list(ahead) == list(range(1, 50))
+
+
 # ---- training ----
 
 names = st.lists(st.text("abcdef", min_size=1, max_size=5), min_size=2, max_size=60, unique=True)
@@ -280,6 +411,40 @@ def test_a_group_shares_a_side():
         assert train and val
         for group in groups:
             assert len({records[i] in val for i in group}) == 1
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 30), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_large_groups_do_not_spoil_the_sizes(sizes, n_single, seed):
+    n = sum(sizes) + n_single
+    records = [Record(Path(str(i)), str(i), []) for i in range(n)]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    groups = [list(range(a, a + size)) for a, size in zip(starts, sizes, strict=True) if size > 1]
+    train, val = data.split(records, 0.1, seed, groups)
+    n_val, names = round(0.1 * n) or int(n > 1), {r.name for r in val}
+    units = [len(g) for g in groups] + [1] * (n - sum(map(len, groups)))
+    sums = {0}
+    for size in units:
+        sums |= {s + size for s in sums if s + size <= max(n_val, 0.3 * n) and s + size < n}
+    best = min(abs(s - n_val) for s in (sums - {0} or sums))
+    if len(sums) > 1 or n == 1:
+        assert abs(len(val) - n_val) <= max(best, 1, 0.15 * n_val) and len(val) <= max(n_val, 0.3 * n)
+        assert all(len({str(i) in names for i in group}) == 1 for group in groups)
+    else:
+        assert len(val) == n_val                                           # the groups are divided
+    assert len(train) + len(val) == n
+
+
+def test_a_split_that_groups_change_is_said(tmp_path, capsys):
+    records = [Record(tmp_path / str(i), str(i), []) for i in range(100)]
+    assert len(data.split(records, groups=[[3, 4], [8, 9]])[1]) in (10, 11)
+    assert capsys.readouterr().err == ""
+    train, val = data.split(records, groups=[list(range(95))])
+    assert len(val) == 5 and {r.name for r in val} == {str(i) for i in range(95, 100)}
+    assert "5 of 100 images are held out, 10 were asked for" in capsys.readouterr().err
+    pixels.said.clear()
+    assert len(data.split(records, groups=[list(range(100))])[1]) == 10
+    assert "near-duplicates are on both sides, the largest group has 100" in capsys.readouterr().err
 
 
 def test_near_duplicates_are_found_and_kept_together(tmp_path):
@@ -332,7 +497,49 @@ def test_context_is_dropped_per_sample():
     assert data.drop_context(prompts, 1.0, torch.Generator()) == [""] * 2000
 
 
-def test_fingerprint_sees_names_sizes_and_prompts(folder):
+def test_images_are_compared_once(folder, monkeypatch):
+    folder = folder.rename(folder.parent / f"{folder.name}-once")
+    data.write_captions(folder, [("x", "a"), ("x", "b")])
+    time.sleep(0.1)                                         # a newer file might change within the same tick
+    records, opened = data.read_folder(folder), []
+    first = data.near_duplicates(records), data.fingerprint(records)
+    look = data.look
+    monkeypatch.setattr(data, "look", lambda path: opened.append(path.name) or look(path))
+    data.remembered.clear()                                 # as a new process
+    assert (data.near_duplicates(records), data.fingerprint(records)) == first and opened == []
+    content = bytearray((folder / "images" / "b.png").read_bytes())
+    content[-1] ^= 1
+    times = (folder / "images" / "b.png").stat()
+    (folder / "images" / "b.png").write_bytes(content)      # as many bytes, and the old time set back
+    os.utime(folder / "images" / "b.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert data.fingerprint(records) != first[1] and opened == ["b.png"]
+    cache = folder.parent / ".features" / f"{folder.name}.seen.safetensors"
+    cache.write_bytes(b"broken")
+    data.remembered.clear()
+    assert len(data.seen(records)) == 2
+
+
+def test_a_place_without_a_cache_is_one_note(folder, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(data, "save_safetensors", refuse)
+    data.write_captions(folder, [("x", "a"), ("x", "b")])
+    time.sleep(0.1)
+    data.split(data.read_folder(folder))
+    data.fingerprint(data.read_folder(folder))
+    assert capsys.readouterr().err.count("not cached: ") == 1
+
+
+def test_the_fingerprint_of_images_knows_no_prompts(folder):
+    data.write_captions(folder, [("x", "a"), ("x", "b")])
+    records = data.read_folder(folder)
+    whole, images = data.fingerprint(records), data.image_fingerprint(records)
+    records[0].prompts[0] = "y"
+    assert data.fingerprint(records) != whole and data.image_fingerprint(records) == images
+
+
+def test_fingerprint_sees_names_contents_and_prompts(folder):
     data.write_captions(folder, ROWS[:2] + [("x", "c.jpg")])
     first = data.fingerprint(data.read_folder(folder))
     assert first == data.fingerprint(data.read_folder(folder))
@@ -349,6 +556,21 @@ def test_write_image_is_whole_or_absent(tmp_path):
     with pytest.raises((TypeError, ValueError)):
         data.write_image(tmp_path / "deep" / "y.png", np.zeros((3, 4, 5, 6, 7)))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+def test_an_image_keeps_its_text(tmp_path):
+    text = {"prompt": "größer \U0001fa7a", "bad": "\udce9"}
+    data.write_image(tmp_path / "x.png", np.zeros((4, 4, 3), np.uint8), text)
+    with Image.open(tmp_path / "x.png") as img:
+        assert img.text == text | {"bad": "?"}
+
+
+def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    data.check_writable(json=tmp_path / "new" / "x.json", sheet=None)
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        with pytest.raises(BadInput, match="--real-stats .*: cannot be written there"):
+            data.check_writable(real_stats=path)
 
 
 def test_a_grid_is_read_row_by_row(tmp_path):
@@ -379,6 +601,18 @@ def test_check_reports_everything_by_name(folder, capsys):
     (folder / "images" / "n0.png").write_bytes(b"")
     assert data.main(["check", "--data", str(folder)]) == 0                # 1 of 23 is still below 5 %
     assert "1 unreadable images\n    " + str(folder / "images" / "n0.png") in capsys.readouterr().out
+
+
+def test_check_says_what_is_held_out_cut_and_not_read(folder, capsys):
+    image().save(folder / "images" / "d.tif")
+    rows = [("a polyp " * 31 + "and the end", "a"), ("a polyp " * 31, "b"), ("x", "d.tif")]
+    data.write_captions(folder, rows)
+    assert data.main(["check", "--data", str(folder)]) == 1
+    out = capsys.readouterr().out
+    for line in ("1 images would be held out of training, the largest group of near-duplicates has 0",
+                 "row 4: d.tif: the file is there, but only .jpg, .jpeg, .png are read",
+                 "1 distinct prompts of more than 62 words", "1 x without: and the end", "    d.tif\n"):
+        assert line in out
 
 
 @pytest.mark.parametrize("row, expected", [("x;lost.jpg", "1 rows without their image\n    row 5: lost.jpg"),

@@ -54,7 +54,12 @@ def sample(root, kind, out, *more):
                                                             root / "tiny22/decoder"]
     common = ["--prompt", PROMPT, "-n", 2, "--steps", 2, "--size", 64, "--out", out]
     sampler.main([str(x) for x in (*model, *common, *more)])
-    return [(out / "images" / f"{i:06d}.png").read_bytes() for i in range(2)]
+    return pixels(out)
+
+
+def pixels(out):
+    """Of the two images in a folder, as bytes; the files also hold the settings that they were made with."""
+    return [data.open_image(out / "images" / f"{i:06d}.png").tobytes() for i in range(2)]
 
 
 TRAININGS = ["prior", "decoder", "unet3"]
@@ -117,6 +122,16 @@ def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):
     finetune.main(command)
     for part in ("best", "last"):
         assert folder_hash(tmp_path / "run" / part) == folder_hash(made / "prior" / part)
+
+
+def test_an_adaptation_can_be_repeated_from_its_folder(made, tmp_path):
+    finetune.main(["prior", "--from-run", str(made / "prior"), "--out", str(tmp_path / "again")])
+    finetune.main(["decoder", "--from-run", str(made / "decoder"), "--steps", "8", "--out",
+                   str(tmp_path / "short")])
+    for name, again in (("prior", "again"), ("decoder", "short")):
+        losses = [[line["loss"] for line in log_lines(folder) if "loss" in line]
+                  for folder in (made / name, tmp_path / again)]
+        assert losses[1] and losses[1] == pytest.approx(losses[0][:len(losses[1])], rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize("more", [["--gradient-checkpointing"], ["--accumulate", "2"], ["--accumulate", "3"]])
@@ -211,7 +226,7 @@ def test_two_adapters_of_2_2_and_their_strength(made, tmp_path):
     settings = json.loads((tmp_path / "adapted/config.json").read_text())
     assert settings["prior_lora"] == folder_hash(made / "prior/best") and settings["size"] == 64
     for change, said in (([*adapters, "--lora-scale", 0.5], "lora_scale"), ([], "prior_lora"),
-                         ([*adapters, "--size", 96], "size")):
+                         ([*adapters, "--size", 128], "size")):
         with pytest.raises(BadInput, match=f"holds images made with {said}="):
             sample(made, "2.2", tmp_path / "adapted", *change)
 
@@ -265,7 +280,7 @@ def test_a_run_with_other_settings_is_refused(made):
 
 @pytest.mark.parametrize(("kind", "change", "said"), [
     ("2.2", ["--prior-lora", "{root}/decoder/best"], "not an adapter of this Prior"),
-    ("2.2", ["--decoder", "{root}/tiny22/prior"], "unet/config.json: no such file"),
+    ("2.2", ["--decoder", "{root}/tiny22/prior"], "config.json: no such file"),
     ("2.2", ["--ckpt", "{root}/tiny22/decoder"],
      "expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the"),
     ("2.2", ["--lora", "{root}/prior/best"], "--lora is not for a Kandinsky 2.2 prior"),
@@ -333,12 +348,13 @@ def sample_msdm(root, out, *more):
     sampler.main([str(x) for x in ("--ckpt", root / "base.safetensors", "--prompt", "2 polyps", "-n", 2,
                                    "--steps", 3, "--out", out,
                                    *more)])
-    return [(out / "images" / f"{i:06d}.png").read_bytes() for i in range(2)]
+    return pixels(out)
 
 
 def test_msdm_learns_an_adapter_and_the_base_stays(msdm_run):
     names = {p.name for p in (msdm_run / "run").iterdir() if not p.name.startswith("latents-")}
-    assert names == {"best", "last", "config.json", "metrics.jsonl", "samples", "state.pt"}
+    assert names == {"best", "last", "config.json", "metrics.jsonl", "samples", "state.pt", "MODEL_CARD.md",
+                     ".lock"}
     config = json.loads((msdm_run / "run/best/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     tensors, _ = load_safetensors(msdm_run / "run/last/adapter_model.safetensors")

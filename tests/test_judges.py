@@ -15,7 +15,7 @@ import judges
 import prompts
 from classifier import COLUMN, SLICE, UNKNOWN, VALUES
 from command import BadInput
-from files import save_safetensors
+from files import load_safetensors, save_safetensors
 
 SIDE = 32
 
@@ -321,6 +321,40 @@ def test_nearest():
     assert (d == 0).all() and torch.equal(i, torch.arange(50))
     d, i = judges.nearest(a, a, skip_self=True, chunk=16)
     assert (d > 0).all() and (i != torch.arange(50)).all()
+
+
+def test_the_table_comes_where_the_classifier_cannot_be_kept(toy, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(classifier, "save_safetensors", refuse)
+    run("faithfulness", real=toy / "real", fake=toy / "fake", held_out=toy / "other", steps=1, seed=5)
+    said = capsys.readouterr()
+    assert "asked for" in said.out and "name another file with --classifier" in said.err
+
+
+def test_a_classifier_of_nan_is_refused(toy, tmp_path):
+    flags = {"real": toy / "real", "fake": toy / "fake", "held_out": toy / "other", "steps": 1}
+    run("faithfulness", classifier=tmp_path / "c.safetensors", **flags)
+    tensors, metadata = load_safetensors(tmp_path / "c.safetensors")
+    tensors["out.bias"][0] = torch.nan
+    save_safetensors(tmp_path / "c.safetensors", tensors, metadata)
+    with pytest.raises(BadInput, match="c.safetensors: NaN or infinite weights .*out.bias"):
+        run("faithfulness", classifier=tmp_path / "c.safetensors", **flags)
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(toy, tmp_path):
+    (tmp_path / "file").touch()
+    for flag in ("json", "sheet"):
+        with pytest.raises(BadInput, match=f"--{flag} .*cannot be written"):
+            run("memorisation", train=tmp_path / "absent", fake=toy / "fake",
+                **{flag: tmp_path / "file" / "x.png"})
+
+
+def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    assert judges.default_sheet(tmp_path) == tmp_path / "closest.png"
+    assert judges.default_sheet(tmp_path / "images") == tmp_path / "images-closest.png"
 
 
 def test_a_strange_size_is_refused(toy):

@@ -4,16 +4,30 @@ import shutil
 import pytest
 import torch
 from helpers import close, fixture, manifest, recorded
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5Tokenizer,
+)
 
 import diffusion
 import kandinsky
 import lora
 from command import BadInput
+from data import to_uint8
 from diffusion import guided
-from files import load_safetensors, write_json
+from files import load_safetensors, save_safetensors, write_json
 from kandinsky import Kandinsky3, Kandinsky22, Schedule, denoiser_of, in_its_dtype, read_schedule
-from kandinsky_networks import build_decoder, build_prior, build_unet3, load_decoder, load_prior
+from kandinsky_networks import (
+    build_decoder,
+    build_prior,
+    build_unet3,
+    load_decoder,
+    load_prior,
+    load_unet3,
+)
 from movq import build_movq, load_movq
 from weights import rename
 
@@ -117,6 +131,7 @@ def test_a_saved_adapter_is_the_one_that_was_read(name, tmp_path):
     theirs, ours = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
     for config in (theirs, ours):
         config["target_modules"] = sorted(config["target_modules"])
+    assert ours.pop("base_model_name_or_path") == "kandinsky-2-2-decoder"
     assert ours.items() <= theirs.items()
 
 
@@ -223,6 +238,55 @@ def test_t5_states_are_kept_in_the_cache(k3, tmp_path, monkeypatch):
     assert all(torch.equal(first[p], k3.texts[p]) for p in PROMPTS)
 
 
+def test_a_broken_cache_of_t5_states_is_made_again_and_a_read_only_one_is_said(k3, tmp_path, capsys):
+    k3.texts = {}
+    k3.prepare(PROMPTS, cache=tmp_path)
+    first, (file,) = k3.texts, tmp_path.glob("t5-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    k3.texts = {}
+    k3.prepare(PROMPTS, cache=tmp_path)
+    assert load_safetensors(file)[0].keys() and all(torch.equal(first[p], k3.texts[p]) for p in PROMPTS)
+    (tmp_path / "file").write_text("no folder")
+    k3.texts = {}
+    k3.prepare(PROMPTS, cache=tmp_path / "file")
+    assert k3.texts.keys() == set(PROMPTS) and "not cached: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["k22", "k3"])
+def test_prompts_that_are_cut_are_said_in_one_line(version, request, capsys):
+    pipeline = request.getfixturevalue(version)
+    long = "Generate an image with 1 polyp. " * 30
+    pipeline.texts = {}
+    for prompts, expected in (([PROMPTS[0], long + "containing text", long], 1), (PROMPTS, 0)):
+        pipeline.prepare(prompts)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == expected
+        assert not said or said[0].startswith("warning: 2 of 3 prompts are cut to the ")
+
+
+def test_an_image_of_nan_is_refused():
+    with pytest.raises(BadInput, match="not finite"):
+        to_uint8(torch.tensor([0.5, torch.nan]))
+
+
+@pytest.mark.parametrize(("build", "load", "folder"), [
+    (build_prior, load_prior, "kandinsky-2-2-prior/prior"),
+    (build_decoder, load_decoder, "kandinsky-2-2-decoder/unet"),
+    (build_unet3, load_unet3, "kandinsky-3/unet")])
+@torch.no_grad()
+def test_adapters_on_every_linear_layer(build, load, folder):
+    """PEFT's "all-linear": the embedding of the time included."""
+    network = load(fixture(folder.split("/")[0]) / folder.split("/")[1])
+    linear = [rename(k, network.published_names, back=True) for k, m in network.named_modules()
+              if isinstance(m, torch.nn.Linear)]
+    lora.inject(network, lora.LoRAConfig(rank=2, alpha=2, targets=tuple(linear)))
+    t, states = torch.tensor([3]), torch.randn(1, 77, 32)
+    inputs = {build_prior: (torch.randn(1, 32), t, torch.randn(1, 32), states, torch.ones(1, 77)),
+              build_decoder: (torch.randn(1, 4, 8, 8), t, torch.randn(1, 32)),
+              build_unet3: (torch.randn(1, 4, 8, 8), t, states, torch.ones(1, 77))}
+    assert len(lora.layers(network)) == len(linear) and network(*inputs[build]).isfinite().all()
+
+
 def test_guidance_one_asks_the_network_once():
     class Net(torch.nn.Linear):
         def forward(self, x, t, c):
@@ -307,6 +371,23 @@ def test_an_unknown_schedule_is_refused_by_name_and_value(change, tmp_path):
         read_schedule(tmp_path)
 
 
+@pytest.mark.parametrize(("key", "values"), [
+    ("num_train_timesteps", [None, 0, -1, "1000", 1.5, [1000], 10**9]),
+    ("beta_start", [None, -1, 0, "x", float("nan")]), ("beta_end", [1, 0.00001]),
+    ("clip_sample", ["yes", 1]), ("clip_sample_range", [None, 0, -1]), ("thresholding", [None]),
+    ("dynamic_thresholding_ratio", [1.5, None]), ("sample_max_value", [0.5, []]), ("steps_offset", [-1]),
+    ("beta_schedule", [None, ["linear"]]), ("timestep_spacing", [3])])
+def test_an_odd_value_in_a_scheduler_is_one_line(key, values, tmp_path):
+    for value in values:
+        write_json(tmp_path / "scheduler_config.json", {"_class_name": "DDPMScheduler", key: value})
+        with pytest.raises(BadInput, match="scheduler_config.json: .*") as error:
+            read_schedule(tmp_path)
+        assert key in str(error.value)
+    write_json(tmp_path / "scheduler_config.json", {"_class_name": "DDPMScheduler", "steps_offset": 500})
+    with pytest.raises(BadInput, match="--steps 3: not possible"):
+        read_schedule(tmp_path).timesteps(3)
+
+
 # Bad input
 
 
@@ -317,7 +398,19 @@ def test_an_unknown_schedule_is_refused_by_name_and_value(change, tmp_path):
     ("kandinsky-2-2-unet", {"layers_per_block": [1, 2, 3, 4]}),
     ("kandinsky-2-2-unet", {"down_block_types": ["DownBlock2D"] * 4}),
     ("kandinsky-2-2-movq", {"norm_type": "group"}),
-    ("kandinsky-3-unet", {"new_setting": 1})])
+    ("kandinsky-3-unet", {"new_setting": 1}),
+    ("kandinsky-2-2-prior", {"num_layers": None}), ("kandinsky-2-2-prior", {"num_layers": 10**9}),
+    ("kandinsky-2-2-prior", {"attention_head_dim": "64"}), ("kandinsky-2-2-prior", {"embedding_dim": -1}),
+    ("kandinsky-2-2-unet", {"in_channels": 9}), ("kandinsky-3-unet", {"in_channels": 9}),
+    ("kandinsky-2-2-unet", {"out_channels": 4}), ("kandinsky-2-2-unet", {"norm_num_groups": 7}),
+    ("kandinsky-2-2-unet", {"attention_head_dim": 5}), ("kandinsky-2-2-unet", {"encoder_hid_dim": None}),
+    ("kandinsky-2-2-unet", {"block_out_channels": [384, 768, 1152, "1536"]}),
+    ("kandinsky-2-2-unet", {"block_out_channels": None}), ("kandinsky-2-2-unet", {"down_block_types": None}),
+    ("kandinsky-3-unet", {"groups": 5}), ("kandinsky-3-unet", {"attention_head_dim": 7}),
+    ("kandinsky-3-unet", {"block_out_channels": 384}), ("kandinsky-3-unet", {"time_embedding_dim": 1500}),
+    ("kandinsky-2-2-movq", {"block_out_channels": [100] * 4}), ("kandinsky-2-2-movq", {"vq_embed_dim": 3}),
+    ("kandinsky-2-2-movq", {"num_vq_embeddings": []}),
+    ("kandinsky-3-movq", {"down_block_types": [None] * 4})])
 def test_an_unsupported_setting_is_refused(name, change):
     (key, value), = change.items()
     with pytest.raises(BadInput, match=key), torch.device("meta"):
@@ -337,3 +430,52 @@ def test_folders_of_the_wrong_model_are_named(tmp_path):
         load_prior(tmp_path / "prior")
     with pytest.raises(BadInput, match="CLIPTextModelWithProjection does not load"):
         kandinsky.load_transformer(CLIPTextModelWithProjection, tmp_path / "prior", torch.float32)
+
+
+def test_a_folder_of_transformers_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    encoder = tmp_path / "text_encoder"
+    shutil.copytree(fixture("kandinsky-2-2-prior") / "text_encoder", encoder)
+    load = kandinsky.load_transformer
+    tensors, _ = load_safetensors(encoder / "model.safetensors")
+    expected = load(CLIPTextModelWithProjection, encoder, torch.float32).text_projection.weight
+    (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")  # the only precision there is
+    assert torch.equal(load(CLIPTextModelWithProjection, encoder, torch.float32).text_projection.weight,
+                       expected)
+    (encoder / "model.fp16.safetensors").unlink()
+    torch.save(tensors, encoder / "pytorch_model.bin")  # would be unpickled
+    with pytest.raises(BadInput, match="text_encoder: CLIPTextModelWithProjection does not load"):
+        load(CLIPTextModelWithProjection, encoder, torch.float32)
+    (encoder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(BadInput, match="model.safetensors: a git-lfs pointer"):
+        load(CLIPTextModelWithProjection, encoder, torch.float32)
+    save_safetensors(encoder / "model.safetensors", {k: v / 0 for k, v in tensors.items()}, None)
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        load(CLIPTextModelWithProjection, encoder, torch.float32)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/spiece.model").write_bytes(b"no model")
+    monkeypatch.setattr(kandinsky, "_is_installed", lambda module: module != "google.protobuf")
+    with pytest.raises(BadInput, match="tokenizer: its tokenizer needs protobuf: pip install protobuf"):
+        load(T5Tokenizer, tmp_path / "tokenizer")
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path, k3):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    with (tmp_path / "spiece.model").open("wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(PROMPTS * 50), model_writer=f, vocab_size=40, pad_id=0, eos_id=1, unk_id=2,
+            bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    tokenizer = kandinsky.load_transformer(AutoTokenizer, tmp_path)
+    assert len(tokenizer(PROMPTS[0]).input_ids) > 2
+
+
+def test_parts_that_do_not_belong_together_are_named(tmp_path):
+    prior, decoder = fixture("kandinsky-2-2-prior"), tmp_path / "decoder"
+    config = json.loads((fixture("kandinsky-2-2-decoder") / "unet/config.json").read_text())
+    with torch.random.fork_rng():
+        network = build_decoder(config | {"encoder_hid_dim": 16})
+    tensors = {rename(k, network.published_names, back=True): v for k, v in network.state_dict().items()}
+    save_safetensors(decoder / "unet/diffusion_pytorch_model.safetensors", tensors)
+    write_json(decoder / "unet/config.json", config | {"encoder_hid_dim": 16})
+    with pytest.raises(BadInput, match="decoder: width of an image embedding: expected 32, .* got 16"):
+        Kandinsky22.from_pretrained(prior, decoder)

@@ -104,6 +104,50 @@ def test_kvasir_refuses_before_it_writes(tmp_path):
     assert [p.name for p in out.rglob("*.*")] == ["stranger.png"]
 
 
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 200), ((0, 0, 0), (255, 0, 0)),
+                                    ((0, 0, 0), (0, 90, 0))])
+def test_masks_of_any_value_show_the_polyp(tmp_path, values):
+    src = kvasir_folder(tmp_path / "src")
+    found = kvasir.true_prompts(src / "images" / "one.jpg", src / "masks" / "one.jpg")
+    mask = np.zeros((300, 360), bool)
+    disc(mask, 60, 60, 30)
+    Image.fromarray(np.uint8(values)[mask.astype(int)]).save(tmp_path / "mask.png")
+    assert kvasir.true_prompts(src / "images" / "one.jpg", tmp_path / "mask.png") == found
+
+
+@pytest.mark.parametrize("values, shown", [((0, 1, 2), "0, 1, 2"), ((0, 1, 255), "0, 1, 255"),
+                                           ((0, 128, 255), "0, 128, 255"), ((40, 200, 200), "40, 200")])
+def test_masks_of_several_values_are_refused_by_name(tmp_path, values, shown):
+    src, out = kvasir_folder(tmp_path / "src"), tmp_path / "out"
+    parts = np.zeros((300, 360), int)
+    parts[20:80, 20:80], parts[150:200, 200:300] = 1, 2
+    (src / "masks" / "one.jpg").unlink()
+    Image.fromarray(np.uint8(values)[parts]).save(src / "masks" / "one.png")
+    with pytest.raises(BadInput, match=f"one.png: expected a mask of black .* got greys {shown}$"):
+        kvasir.main(["seg", "--src", str(src), "--out", str(out)])
+    Image.effect_noise((360, 300), 40).save(src / "masks" / "one.png")
+    with pytest.raises(BadInput, match="one.png: expected a mask of black and one other"):
+        kvasir.main(["seg", "--src", str(src), "--out", str(out)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_an_image_turned_without_its_mask_is_refused(tmp_path, turn):
+    src, out = kvasir_folder(tmp_path / "src"), tmp_path / "out"
+    exif = Image.Exif()
+    exif[0x112] = turn
+    scene().save(src / "images" / "one.jpg", exif=exif)
+    with pytest.raises(BadInput, match=f"one.jpg: expected the EXIF orientation of its image, {turn}, got 1"):
+        kvasir.main(["seg", "--src", str(src), "--out", str(out)])
+    assert not out.exists()
+    with Image.open(src / "masks" / "one.jpg") as mask:
+        mask.load()
+        mask.save(src / "masks" / "one.jpg", exif=exif)
+    kvasir.main(["seg", "--src", str(src), "--out", str(out)])
+    cell = {3: "lower-right", 6: "upper-right"}[turn]
+    assert {"abnormality_cells": [cell]} in [prompts.parse(p) for p in data.read_folder(out)[1].prompts]
+
+
 @real_images
 def test_real_masks():
     for name, polyps, box in (("cju414lf2l1lt0801rl3hjllj", 4, None),      # four components

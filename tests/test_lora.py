@@ -6,7 +6,7 @@ from torch import nn
 
 import lora
 from command import BadInput
-from files import load_safetensors, write_json
+from files import load_safetensors, save_safetensors, write_json
 
 VARIANTS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}, {"init": "kaiming"}]
 
@@ -222,7 +222,17 @@ def test_bad_input_is_one_clear_line(net, make, message):
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ({"some_new_field": 3}, "some_new_field=3"),
     ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
-    ({"r": 0}, "rank"),
+    ({"r": 0}, "adapter_config.json: LoRA rank"),
+    ({"r": None}, "rank"), ({"r": True}, "rank"), ({"r": 10**30}, "rank"), ({"r": [3]}, "rank"),
+    ({"lora_alpha": None}, "alpha"), ({"lora_alpha": "5"}, "alpha"), ({"lora_alpha": float("nan")}, "alpha"),
+    ({"target_modules": None}, "targets"), ({"target_modules": []}, "targets"),
+    ({"target_modules": [1]}, "targets"), ({"target_modules": 3}, "targets"),
+    ({"target_modules": {"a": 1}}, "targets"),
+    ({"rank_pattern": ["to_q"]}, "rank_pattern"), ({"rank_pattern": {"to_q": "3"}}, "rank"),
+    ({"alpha_pattern": "to_q"}, "alpha_pattern"), ({"alpha_pattern": {"to_q": "x"}}, "alpha"),
+    ({"lora_dropout": 1.5}, "dropout"), ({"lora_dropout": None}, "dropout"),
+    ({"use_dora": "false"}, "use_dora: expected true or false, got 'false'"),
+    ({"use_rslora": []}, "use_rslora: expected true or false"),
     ({"r": 4}, r"other shapes: .*down_blocks.0.attn1.to_q.lora_A.weight expected \(4, 8\), got \(3, 8\)"),
     ({"use_dora": True}, "not in the file: base_model.model.down_blocks.0.attn1.to_k.lora_magnitude_vector"),
     ({"target_modules": ["to_q"]}, "no such layer: base_model.model.down_blocks.0.attn1.to_k.lora_A.weight"),
@@ -233,9 +243,61 @@ def test_an_adapter_of_another_kind_is_refused_and_the_model_untouched(net, tmp_
     lora.remove(net)
     write_json(tmp_path / "adapter_config.json",
                json.loads((tmp_path / "adapter_config.json").read_text()) | change)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=message) as error:
         lora.load(net, tmp_path)
+    assert not lora.layers(net) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda v: v.to(torch.int64), "other dtypes: base_model.model.down_blocks.0.attn1.to_.*and 13 more"),
+    (lambda v: v.to(torch.float8_e4m3fn), "other dtypes"),
+    (lambda v: v / 0, "NaN or infinite weights in 16 tensors"),
+    (lambda v: v[:1], "other shapes: .*and 13 more")])
+def test_tensors_that_are_no_adapters_are_refused_in_a_short_line(net, tmp_path, change, message):
+    lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
+    lora.save(disturb(net), tmp_path)
+    lora.remove(net)
+    file = tmp_path / "adapter_model.safetensors"
+    save_safetensors(file, {k: change(v) for k, v in load_safetensors(file)[0].items()})
+    with pytest.raises(BadInput, match=message) as error:
+        lora.load(net, tmp_path)
+    assert not lora.layers(net) and len(str(error.value)) < 1000
+
+
+def test_an_adapter_in_half_precision_is_read(net, tmp_path):
+    lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
+    lora.save(disturb(net), tmp_path)
+    lora.remove(net)
+    file = tmp_path / "adapter_model.safetensors"
+    save_safetensors(file, {k: v.bfloat16() for k, v in load_safetensors(file)[0].items()})
+    lora.load(net, tmp_path)
+    assert all(p.dtype == torch.float32 for p in lora.parameters(net))
+
+
+def test_an_adapter_of_another_base_is_said_in_one_line_and_loaded(net, tmp_path, capsys):
+    net.base = {"name": "some/model", "hash": "0123"}
+    lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
+    lora.save(net, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model" and "hash" not in config  # PEFT refuses others
+    for base, lines in (({"name": "copy", "hash": "0123"}, 0), ({"name": "some/model", "hash": "4567"}, 1),
+                        (None, 0)):
+        lora.remove(net)
+        net.base = base
+        lora.load(net, tmp_path)
+        said = capsys.readouterr().err
+        assert lora.layers(net) and said.count("\n") == lines
+        assert not said or "trained on other weights ('some/model')" in said
+
+
+def test_dora_on_an_output_without_weights_is_refused(net):
+    """It divides by the norm of each output's weights: the first step would be NaN."""
+    with torch.no_grad():
+        net.blocks[1]["attention"].to_q.weight[3] = 0
+    with pytest.raises(BadInput, match="zero in down_blocks.1.attn1.to_q"):
+        lora.inject(net, lora.LoRAConfig(rank=3, alpha=5, dora=True))
     assert not lora.layers(net)
+    lora.inject(net, lora.LoRAConfig(rank=3, alpha=5))
 
 
 def test_a_second_adapter_is_refused(net):

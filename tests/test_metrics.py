@@ -78,6 +78,8 @@ def test_weights_of_other_names_and_of_other_networks(tmp_path):
         inception.Inception(state | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
     with pytest.raises(BadInput, match="another network.*missing.*unknown, first conv1.weight"):
         inception.Inception({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(BadInput, match="1 tensors hold NaN or infinity, first fc.bias"):
+        inception.Inception(state | {"fc.bias": torch.full((1008,), torch.nan)})
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     with pytest.raises(BadInput, match="broken.pth"):
         inception.Inception(tmp_path / "broken.pth")
@@ -405,7 +407,7 @@ def test_real_stats_replace_the_real_images(folders, capsys):
 def test_the_official_protocol_reflows_the_buffer(folders, capsys):
     path = folders / "real" / "images" / "3.jpg"
     pixels = np.asarray(Image.open(path))
-    flow = metrics.ImageFiles([path], None)[0]
+    flow = metrics.read(path, None)
     assert np.array_equal(flow.permute(1, 2, 0).numpy().ravel()[:pixels.size],
                           pixels.ravel())        # no interpolation
     assert np.array_equal(flow.permute(1, 2, 0).numpy(), np.resize(pixels, (299, 299, 3)))
@@ -419,8 +421,26 @@ def test_the_official_protocol_reflows_the_buffer(folders, capsys):
 
 def test_fakes_are_not_touched_by_preprocessing(folders):
     path = folders / "fake" / "images" / "0.png"
-    assert np.array_equal(metrics.ImageFiles([path], 24)[0].permute(1, 2, 0).numpy(),
+    assert np.array_equal(metrics.read(path, 24).permute(1, 2, 0).numpy(),
                           np.asarray(Image.open(path)))
+
+
+def test_workers_are_threads_and_change_nothing(folders, monkeypatch):
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", None)              # no process is begun
+    results = []
+    for workers in (0, 3):
+        flags = "--workers", workers, "--batch-size", 5, "--cache", folders / f"cache{workers}"
+        numbers = command(folders, *flags)
+        results.append({k: v for k, v in numbers.items() if k != "seconds"})
+    assert results[0] == results[1]
+
+
+def test_a_result_that_cannot_be_kept_is_refused_before_the_work(folders):
+    (folders / "file").touch()
+    for flag in ("--json", "--real-stats"):
+        with pytest.raises(BadInput, match=f"{flag} .*: cannot be written"):
+            command(folders, flag, folders / "file" / "x.safetensors")
+    assert not list(folders.rglob(".features"))
 
 
 def test_bad_folders_are_named_in_one_line(folders, capsys):

@@ -178,6 +178,25 @@ def test_latents_of_other_settings_have_a_file_of_their_own(folder, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == len(settings)
 
 
+def test_an_edited_caption_makes_no_latents_anew_and_another_image_does(folder, tmp_path):
+    m = tiny_msdm()
+    cached_latents(folder, m, tmp_path / "cache")
+    data.write_captions(folder, [(PROMPTS[0], f"{i}.png") for i in range(4)])
+    cached_latents(folder, m, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    image(9, 40, 32).save(folder / "images/0.png")
+    cached_latents(folder, m, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_latents_that_are_not_finite_are_not_cached(folder, tmp_path):
+    m = tiny_msdm()
+    m.vae.to_moments[1].bias.data[0] = torch.nan
+    with pytest.raises(BadInput, match="by the autoencoder: latents holds numbers that are not finite"):
+        cached_latents(folder, m, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_validation_twice_is_one_number(folder, tmp_path):
     m = tiny_msdm()
     latents, records = cached_latents(folder, m, tmp_path / "cache")
@@ -227,26 +246,94 @@ def test_text_states_do_not_depend_on_the_batch():
     torch.testing.assert_close(m.text(PROMPTS)[0][0], m.text(PROMPTS[:1])[0][0])
 
 
-def test_a_frozen_clip_encoder_from_a_folder(tmp_path):
+@pytest.fixture
+def clip(tmp_path):
+    """A folder with a tiny CLIP text model that knows a few words."""
+    folder = tmp_path / "clip"
     words = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>",
                                          *["generate", "an", "image", "with", "2", "polyps", "."]])}
     tok = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
-                            unk_token="<unk>").save_pretrained(tmp_path)
+                            unk_token="<unk>").save_pretrained(folder)
     CLIPTextModel(CLIPTextConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64,
                                  num_hidden_layers=1,
                                  num_attention_heads=2, max_position_embeddings=77, bos_token_id=0,
                                  eos_token_id=1,
-                                 pad_token_id=1)).save_pretrained(tmp_path)
-    text = texts.FrozenCLIP(str(tmp_path))
+                                 pad_token_id=1)).save_pretrained(folder)
+    return folder
+
+
+def test_a_frozen_clip_encoder_from_a_folder(clip):
+    text = texts.FrozenCLIP(str(clip))
     states, mask = text(["generate an image", "polyps"])
     assert states.shape == (2, 64, 32) and mask.sum(dim=1).tolist() == [3, 1]
     assert not any(p.requires_grad for p in text.parameters())
     m = tiny_msdm()
     frozen = MSDM(UNet(UNetConfig(**vars(m.unet.config) | {"text_dim": 32})), m.vae, text, m.diffusion)
     assert not any(k.startswith("text.") for k in frozen.tensors())
-    assert frozen.metadata()["text"] == {"name": str(tmp_path), "length": 64}
+    assert frozen.metadata()["text"] == {"name": str(clip), "length": 64, "hash": text.weights}
+    half = texts.FrozenCLIP(str(clip), dtype=torch.float16)
+    assert half.weights == text.weights  # a GPU's training and a CPU's sampling name the same encoder
+
+
+def test_a_frozen_encoder_that_is_another_one_now_or_lies_elsewhere(clip, tmp_path):
+    m, text = tiny_msdm(), texts.FrozenCLIP(str(clip))
+    model = MSDM(UNet(UNetConfig(**vars(m.unet.config) | {"text_dim": 32})), m.vae, text, m.diffusion)
+    file, away = tmp_path / "m.safetensors", tmp_path / "away"
+    save_safetensors(file, model.tensors(), model.metadata())
+    assert msdm.load(file).text.weights == text.weights
+    clip.rename(away)
+    with pytest.raises(BadInput, match="--text-encoder FOLDER says where") as error:
+        msdm.load(file)
+    assert "--text-encoder train" not in str(error.value)
+    again = msdm.load(file, text_encoder=str(away))
+    assert again.metadata()["text"] == model.metadata()["text"]
+    other = CLIPTextModel.from_pretrained(away)
+    for p in other.parameters():
+        p.data.add_(0.1)
+    other.save_pretrained(away)
+    with pytest.raises(BadInput, match=f"hash {text.weights}, .*away holds one of hash"):
+        msdm.load(file, text_encoder=str(away))
+    meta = model.metadata()
+    meta["text"]["hash"] = None  # as release.py writes
+    save_safetensors(file, model.tensors(), meta)
+    assert msdm.load(file, text_encoder=str(away)).text.name == str(clip)
+    save_safetensors(file, m.tensors(), m.metadata())
+    with pytest.raises(BadInput, match="holds a text encoder of its own"):
+        msdm.load(file, text_encoder=str(away))
+
+
+def test_a_folder_of_the_hubs_cache_is_named_as_its_repository():
+    cached = "/home/x/.cache/huggingface/hub/models--openai--clip-vit-large-patch14/snapshots/32bd6428/"
+    assert texts.hub_name(cached) == "openai/clip-vit-large-patch14"
+    assert texts.hub_name("models/clip") == "models/clip"
+
+
+def test_a_cut_prompt_is_told_once_with_the_words_that_are_lost(clip, capsys):
+    for text in (tiny_msdm().text, texts.FrozenCLIP(str(clip), length=16)):
+        long = " ".join(["Generate an image with 2 polyps."] * 4)
+        capsys.readouterr()  # transformers' bar of the weights
+        texts.warn_of_cut(text, [long, "Generate an image.", long])
+        said = capsys.readouterr().err
+        assert "1 of 2 prompts is cut" in said and "16 tokens" in said and "polyps" in said
+        assert said.count("\n") == 1
+        texts.warn_of_cut(text, [long])
+        assert capsys.readouterr().err == ""
+    m = tiny_msdm()
+    m.sample([long], steps=1)
+    m.sample([long], steps=1)
+    assert capsys.readouterr().err.count("cut") == 1
+
+
+def test_joined_prompts_that_are_cut_are_told_before_training(folder, capsys):
+    records = data.read_folder(folder)
+    for record in records:
+        record.prompts = PROMPTS
+    msdm.CaptionSampler(records, records, tiny_msdm().text, 1, 0.2)
+    assert capsys.readouterr().err == ""
+    msdm.CaptionSampler(records, records, tiny_msdm().text, 3, 0.2)
+    assert "1 of 1 prompts is cut" in capsys.readouterr().err
 
 
 def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):

@@ -197,6 +197,25 @@ def test_the_same_command_again_writes_the_same_files(folder):
     assert files(folder) == before
 
 
+def test_a_killed_run_leaves_nothing_behind(folder):
+    before = files(folder)
+    (folder / "images/000004.png").unlink()
+    (folder / "prompt-gt.csv").rename(folder / ".prompt-gt.77.csv")
+    (folder / "images/.000004.123456.png").write_bytes(b"half")
+    (folder / ".env.local.orig").write_text("somebody's")
+    phantom.main(["--out", str(folder), "--n", "12", "--size", "32", "--seed", "3"])
+    assert files(folder) == before | {".env.local.orig": b"somebody's"}
+    (folder / ".env.local.orig").unlink()
+
+
+def test_attributes_of_somebody_else_are_left_alone(tmp_path):
+    for name in ("attributes.jsonl", ".attributes.7.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(data.BadInput, match="found another"):
+        phantom.main(["--out", str(tmp_path), "--n", "2"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("other", [("--n", "11"), ("--seed", "4"), ("--size", "48")])
 def test_another_phantom_is_refused(folder, other):
     before = files(folder)

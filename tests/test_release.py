@@ -237,7 +237,7 @@ def test_import_writes_a_checkpoint_with_the_same_weights(released, capsys):
                "--out", str(folder / "ours.safetensors")])
     tensors, meta = load_safetensors(folder / "ours.safetensors")
     assert meta["text"] == {"name": "openai/clip-vit-large-patch14",
-                            "length": 64} and meta["diffusion"]["prediction"] == "eps"
+                            "length": 64, "hash": None} and meta["diffusion"]["prediction"] == "eps"
     expected = {f"unet.{k}": v for k, v in unet.state_dict().items()} | {f"vae.{k}": v for k,
                                                                          v in vae.state_dict().items()}
     assert tensors.keys() == expected.keys()

@@ -1,11 +1,15 @@
+import argparse
 import json
+import math
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import close, torchrun
+from helpers import ENV, ROOT, close, torchrun
 
 import lora
 import optim
@@ -87,6 +91,208 @@ def test_other_settings_or_data_on_the_same_folder_are_refused(tmp_path):
         training.Run(tmp_path, {"lr": 2, "steps": 5}, "data", ranks())
     with pytest.raises(BadInput, match="other data"):
         training.Run(tmp_path, {"lr": 1, "steps": 5}, "changed", ranks())
+
+
+def saved_run(folder):
+    """A run with a state of step 2 and a checkpoint, and the tensors and optimiser in it."""
+    run, p = training.Run(folder, {"lr": 1}, "data", ranks()), {"p": torch.nn.Parameter(torch.ones(2))}
+    opt = optim.Optimizers(p, 1.0)
+    assert run.restore(p, opt) == 0
+    run.log(step=1, loss=0.5)
+    run.keep(2, 0.4, lambda name: run.save_checkpoint(name, p, {"kind": "test"}))
+    run.save_progress(2, p, opt)
+    return run, p, opt
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_lost_or_broken_state_does_not_begin_anew_over_the_checkpoints(tmp_path):
+    run, p, opt = saved_run(tmp_path)
+    whole = run.state_file.read_bytes()
+    other = {"p": torch.nn.Parameter(torch.ones(3))}
+    nan = torch.load(run.state_file, weights_only=True)
+    nan["weights"]["p"][0] = torch.nan
+    torch.save(nan, tmp_path.parent / "nan.pt")
+    not_finite = (tmp_path.parent / "nan.pt").read_bytes()
+    for broken in (None, whole[:100], whole[:-1], b"", b"not a state", not_finite):
+        run.state_file.unlink(missing_ok=True)
+        if broken is not None:
+            run.state_file.write_bytes(broken)
+        before = contents(tmp_path)
+        with pytest.raises(BadInput, match=r"state.pt: n.*best.safetensors, last.safetensors.*another --out"):
+            training.Run(tmp_path, {"lr": 1}, "data", ranks()).restore(p, opt)
+        assert {**contents(tmp_path), "config.json": 0} == {**before, "config.json": 0}
+    run.state_file.write_bytes(whole)
+    with pytest.raises(BadInput, match="those of another network"):
+        run.restore(other, optim.Optimizers(other, 1.0))
+    assert training.Run(tmp_path, {"lr": 1}, "data", ranks()).restore(p, opt) == 2
+
+
+def test_a_folder_with_other_things_in_it_is_refused_untouched(tmp_path):
+    (tmp_path / ".zcompdump-Mac.local-5.9").write_text("mine")
+    with pytest.raises(BadInput, match="something else than a training run: .zcompdump"):
+        training.Run(tmp_path, {"lr": 1}, "data", ranks())
+    assert [p.name for p in tmp_path.iterdir()] == [".zcompdump-Mac.local-5.9"]
+    out = tmp_path / "out"
+    training.Run(out / "vae", {"lr": 1}, "data", ranks())  # a run may hold another, as of make train-msdm
+    training.Run(out, {"lr": 1}, "data", ranks())
+
+
+def test_only_our_own_unfinished_files_are_removed(tmp_path):
+    training.Run(tmp_path, {"lr": 1}, "data", ranks())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours = [f"{name}.{gone.pid}000001.{end}" for name, end in (
+        (".state", "pt"), (".last", "safetensors"), (".latents-0123456789abcdef", "safetensors"),
+        (".metrics", "jsonl"), ("samples/.0000012", "png"))]
+    mine = [".env.local.orig", f".last.{gone.pid}000001.safetensors.bak", f".notes.{gone.pid}000001.pt", ".bash_history.old.bak"]
+    for name in ours + mine:
+        (tmp_path / name).write_text("x")
+    training.Run(tmp_path, {"lr": 1}, "data", ranks())
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")}
+    assert left.isdisjoint(ours) and left > set(mine)
+
+
+def test_a_second_process_in_a_run_folder_is_refused_until_the_first_is_gone(tmp_path):
+    script = ("import sys, time, training\n"
+              "run = training.Run(sys.argv[1], {'lr': 1}, 'data', training.start('cpu'))\n"
+              "print('mine', flush=True)\n"
+              "time.sleep(60)\n")
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
+    assert first.stdout.readline() == "mine\n"
+    with pytest.raises(BadInput, match=f"another process \\(process {first.pid} on .*\\) trains in it"):
+        training.Run(tmp_path, {"lr": 1}, "data", ranks())
+    first.kill()
+    first.wait()
+    training.Run(tmp_path, {"lr": 1}, "data", ranks())
+
+
+def test_other_numbers_of_processes_keep_the_images_of_a_step(tmp_path, capsys):
+    def run(batch_size, size):
+        world = training.Distributed(0, size, torch.device("cpu"))
+        world.mean = float  # as if the other processes agreed
+        return training.Run(tmp_path, {"batch_size": batch_size}, "data", world)
+
+    assert run(8, 2).batch_size == 8
+    assert run(8, 1).batch_size == 16
+    assert "keeps its 16 images, 16 in each of 1 process" in capsys.readouterr().err
+    assert run(8, 4).batch_size == 4 and run(8, 2).batch_size == 8
+    assert run(16, 1).batch_size == 16
+    for batch_size, size in ((16, 3), (4, 2)):
+        with pytest.raises(BadInput, match="batch_size=16, 16 images a step in all, now"):
+            run(batch_size, size)
+
+
+def test_a_validation_that_is_not_finite_saves_nothing(tmp_path):
+    run, p, opt = saved_run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="step 4: the validation loss is nan"):
+        run.keep(4, math.nan, None)
+    p["p"].data[0] = torch.inf
+    with pytest.raises(BadInput, match="p holds numbers that are not finite"):
+        run.save_progress(4, p, opt)
+    with pytest.raises(BadInput, match="p holds numbers that are not finite"):
+        run.save_checkpoint("last", p, {})
+    assert contents(tmp_path) == before
+
+
+def test_the_model_card_keeps_what_its_reader_wrote_and_names_no_path(tmp_path):
+    settings = {"data": str(tmp_path / "kvasir"), "lr": 1, "model": "kandinsky-community/kandinsky-3"}
+    run = training.Run(tmp_path / "run", settings, "f00d", ranks())
+    card = tmp_path / "run/MODEL_CARD.md"
+    run.keep(1, 0.5, lambda name: None)
+    text = card.read_text()
+    assert "trained on kvasir" in text and "Licence of the data: not given" in text and "0.5" in text
+    assert str(tmp_path) not in text and "kandinsky-community/kandinsky-3" in text
+    card.write_text(text.replace("(not measured yet: metrics.py and judges.py)", "FID 12.5"))
+    run.keep(2, 0.25, lambda name: None)
+    assert "FID 12.5" in card.read_text() and "Step 2: held-out loss 0.25" in card.read_text()
+    card.write_text("my own card")
+    run.keep(3, 0.25, lambda name: None)
+    assert card.read_text() == "my own card"
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "0"},
+    {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+    {"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}])
+def test_half_an_environment_of_torchrun_is_one_line(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="start several processes by torchrun, or unset WORLD_SIZE and RANK"):
+        training.start("cpu")
+
+
+@pytest.mark.parametrize("seed", [-1, -2**63, 2**63, 2**64 - 1])
+def test_seeds_of_64_bits_and_negative_ones(seed):
+    assert sorted(training.batch_indices(5, 5, 0, seed).tolist()) == list(range(5))
+    training.seed_step(seed, 1)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"steps": 0}, "--steps 0"), ({"lr": -1.0}, "--lr -1"), ({"lr": math.nan}, "--lr nan"),
+    ({"muon_lr": math.inf}, "--muon-lr inf"), ({"warmup": -1}, "--warmup -1"), ({"p_uncond": 2.0}, "--p-unc"),
+    ({"jitter": -0.1}, "--jitter"), ({"p_self_cond": 1.5}, "--p-self-cond"), ({"ema_decay": 2.0}, "--ema-d"),
+    ({"lora_dropout": 1.5}, "--lora-dropout"), ({"min_snr_gamma": -1.0}, "--min-snr-gamma -1"),
+    ({"epochs": -1.0}, "--epochs -1"), ({"epochs": 0.0}, "--epochs 0"), ({"minutes": -1.0}, "--minutes -1"),
+    ({"logit_normal": [0.0, 0.0]}, "--logit-normal 0 0"), ({"logit_normal": [0.0, math.nan]}, "--logit-n"),
+    ({"shown": -1}, "--shown -1"), ({"seed": 2**64}, "--seed")])
+def test_a_flag_outside_its_range_is_one_line(change, said):
+    training.check_flags(argparse.Namespace(lr=1e-3, minutes=None, logit_normal=None, seed=-1))
+    with pytest.raises(BadInput, match=said):
+        training.check_flags(argparse.Namespace(**change))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken(bad):
+    p = {"p": torch.nn.Parameter(torch.tensor([0.0, 1.0]))}
+    opt, ema = optim.Optimizers(p, 0.1), training.EMA(p, 0.9)
+
+    def loss_fn(batch):
+        if bad == "loss":
+            return p["p"].sum() + torch.inf
+        return p["p"].sqrt().sum()  # a finite loss with an infinite gradient at 0
+
+    with pytest.raises(BadInput, match=r"step 7: .*rate 0.05 and images a.png, b.png. The step was not"):
+        training.train_step(loss_fn, training.Batch(x=torch.zeros(2)), 1, p, opt, ema, ranks(), 0.5, 7,
+                            ["a.png", "b.png", "a.png"])
+    assert p["p"].tolist() == [0.0, 1.0] and ema.step == 0 and not opt.parts[0].state
+
+
+FAILS_ON_ONE = """
+import sys, time, torch, training, optim
+from command import BadInput
+world = training.start("cpu")
+started, said = time.monotonic(), []
+try:  # one rank cannot read its data
+    with world.together():
+        if world.rank == 1:
+            raise BadInput("my own line")
+except BadInput as error:
+    said.append(str(error))
+run = training.Run(sys.argv[1], {"batch_size": 1}, "data", world)
+p = {"p": torch.nn.Parameter(torch.ones(2))}
+opt = optim.Optimizers(p, 0.1)
+run.restore(p, opt)
+for value in (1.0, float("nan") if world.rank == 1 else 1.0):  # then one has a loss that is not a number
+    try:
+        training.train_step(lambda b: (p["p"].sum() * b.x).sum(), training.Batch(x=torch.tensor([value])), 1,
+                            p, opt, None, world, 1.0)
+    except BadInput as error:
+        said.append(str(error))
+assert said[0] == ("my own line" if world.rank else "another process of this training stopped; its own line "
+                   "says why"), said
+assert len(said) == 2 and "the loss is nan" in said[1], said
+assert p["p"].isfinite().all() and time.monotonic() - started < 60
+"""
+
+
+def test_what_fails_on_one_rank_ends_all_of_them(tmp_path):
+    (tmp_path / "two.py").write_text(FAILS_ON_ONE)
+    torchrun(tmp_path / "two.py", tmp_path / "run")
 
 
 def test_a_signal_ends_the_loop_after_its_step_and_sets_the_exit_status():

@@ -1,4 +1,9 @@
+import argparse
 import errno
+import json
+import os
+import stat
+import struct
 import subprocess
 import sys
 
@@ -65,7 +70,8 @@ def test_a_device_that_is_not_here_is_one_line():
 
 @pytest.mark.parametrize("error, line", [
     (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "error: /runs/x: Permission denied\n"),
-    (OSError(errno.ENOSPC, "No space left"), f"error: [Errno {errno.ENOSPC}] No space left\n")])
+    (OSError(errno.ENOSPC, "No space left"), f"error: [Errno {errno.ENOSPC}] No space left\n"),
+    (BadInput("a\nb\x1b[2J\udce9.png"), "error: a?b?[2J?.png\n")])
 def test_a_folder_or_disk_that_cannot_be_written_is_one_line(error, line, capsys):
     def main():
         raise error
@@ -97,3 +103,161 @@ def test_a_closed_pipe_ends_a_command_quietly():
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 141 and process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_too_little_memory_is_one_line_with_the_ways_out(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        command.run_command(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and said.startswith("error: out of memory (")
+    assert all(flag in said for flag in ("--batch-size", "--accumulate", "--size"))
+
+
+def test_a_console_without_a_character_prints_a_question_mark():
+    code = "import command\ncommand.run_command(lambda: print('\\U0001fa7a caf\\udce9'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stdout.strip()) == (0, b"? caf?"), done.stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 1.5, 10**400])
+def test_a_number_outside_its_range_is_one_line(value):
+    args = argparse.Namespace(p_uncond=value)
+    with pytest.raises(BadInput, match="--p-uncond .*expected a finite number from 0 up to 1"):
+        command.check_range(args, 0, 1, "p_uncond")
+    for fine in (None, 0, 1, 0.5):
+        command.check_range(argparse.Namespace(p_uncond=fine), 0, 1, "p_uncond")
+
+
+def test_a_disk_error_names_the_file(tmp_path):
+    """Not the hidden one beside it, and not none, as the error of a write does."""
+    for error in (OSError(errno.ENOSPC, "No space left on device"), None):
+        with pytest.raises(OSError) as kept, files.replacing(tmp_path / "f.bin") as tmp:
+            raise error or OSError(errno.EACCES, "Permission denied", str(tmp))
+        assert kept.value.filename == str(tmp_path / "f.bin")
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.save_safetensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+        files.write_json(tmp_path / "c.json", {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {0o640}
+
+
+def header(content, body=b""):
+    return struct.pack("<Q", len(content)) + content + body
+
+
+def one_tensor(metadata):
+    meta = json.dumps({"json": metadata})
+    content = b'{"__metadata__":%s,"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}' % meta.encode()
+    return header(content, b"x")
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "not a whole safetensors file"), (struct.pack("<Q", 2**60) + b"{}", "not a whole safetensors file"),
+    (header(b"[" * 100_000), "not a whole safetensors file"),
+    (header(b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}', b"1234"), "not a whole safetensors"),
+    (one_tensor("{"), "expected a JSON object as its metadata"),
+    (one_tensor("[" * 100_000), "expected a JSON object as its metadata"),
+    (one_tensor("[1]"), "expected a JSON object as its metadata"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a git-lfs pointer")])
+def test_a_broken_safetensors_file_is_one_line_and_made_again_in_a_cache(tmp_path, content, said):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    for read in (files.load_safetensors, files.load_metadata, files.read_state):
+        with pytest.raises(BadInput, match=f"w.safetensors: {said}"):
+            read(path)
+    tensors, _ = files.cached(path, lambda: ({"w": torch.ones(2)}, None))
+    assert torch.equal(files.load_safetensors(path)[0]["w"], tensors["w"])
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "[" * 100_000, '{"a":' * 100_000, "{", "\udce9"])
+def test_a_json_file_that_is_no_object_is_one_line(tmp_path, content):
+    (tmp_path / "c.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(BadInput, match="c.json: ") as error:
+        files.read_json(tmp_path / "c.json")
+    assert len(str(error.value)) < 300
+
+
+def test_a_pickle_of_objects_is_not_unpickled(tmp_path):
+    torch.save({"w": argparse.Namespace()}, tmp_path / "w.pth")
+    with pytest.raises(BadInput, match="w.pth: not a file of tensors only: the rest is not unpickled"):
+        files.read_state(tmp_path / "w.pth")
+    for content in (b"", b"\x80", b"version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(BadInput, match="w.pth: "):
+            files.read_state(tmp_path / "w.pth")
+
+
+def test_a_name_that_is_not_utf8_has_a_hash_of_its_own():
+    assert files.text_hash("caf\udce9") not in (files.text_hash("caf"), files.text_hash("caf\udcea"))
+    assert files.text_hash("a", 1) == "8bf19097aa1a235b"  # names of caches stay
+
+
+def test_one_of_two_processes_creates_a_file(tmp_path):
+    assert files.create_json(tmp_path / "o/c.json", {"a": 1})
+    assert not files.create_json(tmp_path / "o/c.json", {"a": 2})
+    assert files.read_json(tmp_path / "o/c.json") == {"a": 1}
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["c.json"]
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """The names of the files whose content is hashed; the memory of hashes is in tmp_path."""
+    names, whole = [], files._hash
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "_hash", lambda path: names.append(path.name) or whole(path))
+    return names
+
+
+def test_a_checkpoint_is_read_once_and_again_when_it_changes(tmp_path, reads):
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    for name in ("unet/w.safetensors", "config.json"):
+        (folder / name).write_bytes(b"x" * 100)
+    first = files.folder_hash(folder)
+    assert sorted(reads) == ["config.json", "w.safetensors"]
+    reads.clear()
+    assert files.folder_hash(folder) == first and reads == []
+    (folder / "unet/w.safetensors").write_bytes(b"y" * 100)
+    times = (folder / "config.json").stat()
+    os.utime(folder / "unet/w.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
+    second = files.folder_hash(folder)
+    assert second != first and reads == ["w.safetensors"]
+    (folder / "unet/w.safetensors").rename(folder / "unet/v.safetensors")
+    assert files.folder_hash(folder) not in (first, second)
+
+
+def test_a_large_file_is_read_once_and_a_cache_that_cannot_be_written_is_done_without(tmp_path, reads):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(bytes(2 << 20))
+    small.write_bytes(b"x")
+    assert files.file_hash(large) == files.file_hash(large)
+    assert files.file_hash(small) == files.file_hash(small)
+    assert reads == ["large", "small", "small"]
+    for note in (tmp_path / "cache/msdm/hashes").iterdir():
+        note.write_text("[")
+    assert files.file_hash(large) == files._hash(large)
+    for note in (tmp_path / "cache/msdm/hashes").iterdir():
+        note.unlink()
+    (tmp_path / "cache/msdm/hashes").rmdir()
+    (tmp_path / "cache/msdm/hashes").write_text("no folder")
+    assert files.file_hash(large) == files._hash(large)
+
+
+def test_hidden_files_and_folders_are_no_part_of_a_model(tmp_path, reads):
+    for name in ("unet/w", ".git/lfs/w", "unet/.cache/huggingface/w.metadata", ".DS_Store"):
+        (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "m" / name).write_text("x")
+    files.folder_hash(tmp_path / "m")
+    assert reads == ["w"]

@@ -9,7 +9,16 @@ from torch import nn
 
 from command import BadInput
 from files import save_safetensors, write_json
-from weights import check_config, fetch, load_state, read_checkpoint, rename
+from weights import (
+    base_of,
+    check_config,
+    check_divisible,
+    fetch,
+    files_to_fetch,
+    load_state,
+    read_checkpoint,
+    rename,
+)
 
 RULES = (("down_blocks.#.resnets.#", "down.#.res.#"), ("to_q|query", "to_q"), ("conv_in", "stem"))
 
@@ -120,6 +129,93 @@ def test_an_unsupported_setting_is_refused_by_name_and_value():
         check_config(config | {"act": "gelu", "new_thing": 4}, "here", "Net", free, fixed)
     with pytest.raises(BadInput, match="expected the config of a Net, got VQModel"):
         check_config({"_class_name": "VQModel"}, "here", "Net", free, fixed)
+
+
+DEFAULTS = {"width": 8, "offset": 0, "layers": 2, "widths": (8, 8), "kinds": ("a",), "beta": 0.1, "on": True,
+            "act": "silu"}
+
+
+@pytest.mark.parametrize(("key", "values"), [
+    ("width", [None, [8], "8", -1, 0, 1.5, True, 10**30]), ("offset", [-1, None]), ("layers", [10**4]),
+    ("widths", [None, [], 8, "8", [8, -1], [8, None], [8, [8]], [8] * 17]), ("kinds", [["a", 1], None]),
+    ("beta", [None, "0.1", -1, float("nan"), float("inf"), [0.1]]), ("on", [None, 1, "true"]),
+    ("act", [None, 1])])
+def test_an_odd_value_is_one_line(key, values):
+    for value in values:
+        with pytest.raises(BadInput, match=f"here: not supported: {key}=") as error:
+            check_config({key: value}, "here", "Net", DEFAULTS, {})
+        assert len(str(error.value)) < 300 and "expected" in str(error.value)
+    assert check_config({}, "here", "Net", DEFAULTS, {}) == DEFAULTS
+    with pytest.raises(BadInput, match=r"widths holds 9, not a multiple of 8 \(groups\)"):
+        check_divisible("here", "widths", [8, 9], "groups", 8)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, "unet/d"), (torch.float16, "unet/d.fp16"),
+                                             (torch.bfloat16, "unet/d.fp16")])
+def test_one_precision_is_downloaded_and_never_code(dtype, kept):
+    names = ["model_index.json", "unet/config.json", "unet/d.safetensors", "unet/d.fp16.safetensors",
+             "unet/d.bin", "unet/d.pt", "unet/m.pkl", "unet/m.ckpt", "pipeline.py", "movq/w.safetensors",
+             "vae/w.fp16.safetensors", "tokenizer/spiece.model", "tokenizer/merges.txt", "README.md",
+             "t5/m.safetensors.index.json", "t5/m-00001-of-00001.safetensors",
+             "t5/m.safetensors.index.fp16.json", "t5/m.fp16-00001-of-00001.safetensors"]
+    index, shard = (("index.json", "m-") if dtype == torch.float32 else ("index.fp16.json", "m.fp16-"))
+    assert set(files_to_fetch(names, dtype)) == {
+        "model_index.json", "unet/config.json", f"{kept}.safetensors", "movq/w.safetensors",
+        "vae/w.fp16.safetensors", "tokenizer/spiece.model", "tokenizer/merges.txt",
+        f"t5/m.safetensors.{index}", f"t5/{shard}00001-of-00001.safetensors"}
+
+
+def test_a_download_asks_for_these_files_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["a.json", "a.py", "a.bin"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, allow_patterns: (tmp_path / ",".join([name, *allow_patterns])))
+    assert fetch("some/model", torch.float16) == tmp_path / "some/model,a.json"
+    for name in ("../model", "some/..", "a/b/c", "-x/y", "/etc/x"):
+        with pytest.raises(BadInput, match="no such folder"):
+            fetch(name)
+
+
+@pytest.mark.parametrize("weight_map", [
+    {"x": "../elsewhere"}, {"x": "/etc/passwd"}, {"x": ".."}, {"x": ""}, {"x": 1}, {"x": ["a"]}, {"x": None},
+    {"x": "code.py"}, []])
+def test_an_index_names_files_beside_it(tmp_path, weight_map):
+    shards(tmp_path)
+    write_json(tmp_path / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises(BadInput, match="index.json: expected (names of files beside it|a weight_map)"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_shard_may_link_into_the_hubs_cache_and_nowhere_else(tmp_path):
+    snapshot = tmp_path / "models--o--m/snapshots/0123/unet"
+    (tmp_path / "models--o--m/blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    tensors, names = shards(snapshot)
+    for i, name in enumerate(names):
+        (snapshot / name).rename(tmp_path / f"models--o--m/blobs/{i}")
+        (snapshot / name).symlink_to(f"../../../blobs/{i}")
+    assert read_checkpoint(snapshot)[1].keys() == tensors.keys()
+    assert base_of(snapshot, tensors)["name"] == "o/m"
+    (snapshot / names[0]).unlink()
+    (tmp_path / "models--o--m/blobs/0").rename(tmp_path / "elsewhere.safetensors")
+    (snapshot / names[0]).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(BadInput, match="a link out of its folder"):
+        read_checkpoint(snapshot)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"conv_in.bias": torch.tensor([0, 1, torch.nan, 0])}, "NaN or infinite weights in 1 tensors: conv_in"),
+    ({"conv_in.bias": torch.full((4,), 1e6)}, "NaN or infinite weights in 1 tensors: conv_in"),  # in half
+    ({"conv_in.bias": torch.zeros(4, dtype=torch.int64)}, "other dtypes: conv_in.bias expected floats"),
+    ({"conv_in.bias": torch.zeros(4, dtype=torch.float8_e4m3fn)}, "other dtypes: conv_in.bias expected"),
+    ({f"x{i}": torch.zeros(1) for i in range(50)}, "and 30 more")])
+def test_weights_that_would_fail_later_are_refused(change, message):
+    with pytest.raises(BadInput, match=f"here: .*{message}"):
+        load_state(meta_net(), published() | change, "here", RULES, torch.float16)
+
+
+def test_weights_in_half_precision_become_those_of_the_network():
+    net = load_state(meta_net(), {k: v.half() for k, v in published().items()}, "here", RULES)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
 def test_a_name_that_is_no_folder(monkeypatch, tmp_path):
