@@ -147,7 +147,8 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
     ours = [f"{name}.{gone.pid}000001.{end}" for name, end in (
         (".state", "pt"), (".last", "safetensors"), (".latents-0123456789abcdef", "safetensors"),
         (".metrics", "jsonl"), ("samples/.0000012", "png"))]
-    mine = [".env.local.orig", f".last.{gone.pid}000001.safetensors.bak", f".notes.{gone.pid}000001.pt", ".bash_history.old.bak"]
+    mine = [".env.local.orig", f".last.{gone.pid}000001.safetensors.bak", f".notes.{gone.pid}000001.pt",
+            ".bash_history.old.bak"]
     for name in ours + mine:
         (tmp_path / name).write_text("x")
     training.Run(tmp_path, {"lr": 1}, "data", ranks())
