@@ -4,7 +4,7 @@ VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
-PRESET  := $(or $(PRESET),tiny)
+override PRESET := $(or $(PRESET),tiny)
 export $(VALUES)
 
 PY       := .venv/bin/python
