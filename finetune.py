@@ -39,6 +39,7 @@ from kandinsky import (
     load_transformer,
     pad_texts,
     read_schedule,
+    warn_of_cut,
 )
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
@@ -112,6 +113,7 @@ class EncoderCache:
     folder: Path  # of the files
     world: training.Distributed
     dtype: torch.dtype  # of the encoders
+    clip: Path  # the folder that holds CLIP's image encoder
 
     def kept(self, name, key, make):
         """The dict of tensors that make() returns, from its file if there is one; they depend only on key."""
@@ -130,22 +132,24 @@ class EncoderCache:
         position = {p: i for i, p in enumerate(distinct)}
         return distinct, [[position[p] for p in r.prompts] for r in self.records]
 
-    def images(self, folder):
+    def images(self):
         """CLIP embeddings (n + 1, d): of a zero image, the decoder's null condition, then of the images."""
         from transformers import CLIPVisionModelWithProjection
 
+        encoder_folder, processor_folder = self.clip / "image_encoder", self.clip / "image_processor"
+
         def make():
-            encoder = load_transformer(CLIPVisionModelWithProjection, folder / "image_encoder", self.dtype)
+            encoder = load_transformer(CLIPVisionModelWithProjection, encoder_folder, self.dtype)
             encoder.to(self.world.device)
-            transform, n = clip_preprocessor(folder / "image_processor"), len(self.records)
+            transform, n = clip_preprocessor(processor_folder), len(self.records)
             embeds = [clip_black(encoder)]
             for part in tqdm(data.batches(n, 32), "image embeddings", disable=n < 500):
                 pixels = [transform(data.open_image(r.path)) for r in self.records[part]]
                 embeds.append(clip_images(encoder, torch.stack(pixels)))
             return {"embeds": torch.cat(embeds)}
 
-        encoder, processor = folder_hash(folder / "image_encoder"), folder_hash(folder / "image_processor")
-        key = encoder, processor, data.image_fingerprint(self.records), self.dtype
+        hashes = folder_hash(encoder_folder), folder_hash(processor_folder)
+        key = *hashes, data.image_fingerprint(self.records), self.dtype
         return self.kept("clip-images", key, make)["embeds"]
 
     def latents(self, folder, network, size):
@@ -175,15 +179,21 @@ def load_autoencoder(folder, network, size):
 
 def clip_preprocessor(folder):
     """Function from an RGB image to (3, s, s) for CLIP: short side to s (bicubic), centre crop, normalise."""
-    c = read_json(folder / "preprocessor_config.json")
+    file = folder / "preprocessor_config.json"
+    c = {"do_rescale": True, "rescale_factor": 1 / 255} | read_json(file)  # older files lack these two
     size = c.get("size")
     side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
     fixed = {"crop_size": (side, {"height": side, "width": side}), "resample": (3,),
-             **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), (True,))}
-    wrong = [f"{k}={c.get(k)!r}" for k, v in fixed.items() if c.get(k) not in v]
-    if not isinstance(side, int) or wrong:
-        wrong = ", ".join(wrong or [f"size={size!r}"])
-        raise BadInput(f"{folder}/preprocessor_config.json: not supported: {wrong}")
+             "rescale_factor": (1 / 255,),
+             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,))}
+    wrong = [f"{k}={c.get(k)!r:.100}" for k, v in fixed.items() if c.get(k) not in v]
+    if type(side) is not int or side < 1:
+        wrong.append(f"size={size!r:.100}")
+    wrong += [f"{k}={c.get(k)!r:.100}, expected three numbers{more}"
+              for k, low, more in (("image_mean", -1e6, ""), ("image_std", 0, " above 0"))
+              if not _are_three(c.get(k), low)]
+    if wrong:
+        raise BadInput(f"{file}: not supported: {', '.join(wrong)}")
     mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
 
     def transform(img):
@@ -196,15 +206,21 @@ def clip_preprocessor(folder):
     return transform
 
 
+def _are_three(values, low):
+    """Whether a setting is three numbers above low."""
+    return isinstance(values, list) and len(values) == 3 and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and low < v < 1e6 for v in values)
+
+
 @torch.no_grad()
 def prior_data(args, prior, folder, encoders):
     """x_0: normalised image embeddings (n, d). Conditions: CLIP embedding, states and mask of a prompt."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     prompts, rows = encoders.prompts()
+    tokenizer = load_transformer(CLIPTokenizer, folder / "tokenizer")
 
     def make():
-        tokenizer = load_transformer(CLIPTokenizer, folder / "tokenizer")
         encoder = load_transformer(CLIPTextModelWithProjection, folder / "text_encoder", encoders.dtype)
         encoder.to(encoders.world.device)
         parts = tqdm(data.batches(len(prompts), 64), "text embeddings", disable=len(prompts) < 500)
@@ -214,7 +230,9 @@ def prior_data(args, prior, folder, encoders):
 
     key = folder_hash(folder / "text_encoder"), folder_hash(folder / "tokenizer"), *prompts, encoders.dtype
     texts = encoders.kept("clip-texts", key, make)
-    x_0 = prior.normalise(encoders.images(folder)[1:].float())
+    if encoders.world.is_main:
+        warn_of_cut(tokenizer, prompts, texts["states"].shape[1])
+    x_0 = prior.normalise(encoders.images()[1:].float())
     return EncodedData(x_0, (texts["embeds"], texts["states"], texts["mask"]), rows)
 
 
@@ -222,7 +240,7 @@ def prior_data(args, prior, folder, encoders):
 def decoder_data(args, decoder, folder, encoders):
     """x_0: MoVQ latents (n, 4, h, w). Condition: the image's own CLIP embedding, not normalised."""
     latents = encoders.latents(folder, decoder, args.size)
-    embeds = encoders.images(fetch(args.prior))  # row 0: the null condition
+    embeds = encoders.images()  # row 0: the null condition
     return EncodedData(latents, (embeds,), [[1 + i] for i in range(len(latents))])
 
 
@@ -237,7 +255,7 @@ def unet3_data(args, unet, folder, encoders):
     text_device = args.text_device or encoders.world.device
     tokenizer = load_transformer(AutoTokenizer, folder / "tokenizer")
     pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
-    pipeline.prepare(prompts, cache=encoders.folder)
+    pipeline.prepare(prompts, cache=encoders.folder, is_main=encoders.world.is_main)
     texts = [pipeline.texts[p] for p in prompts[1:]]
     check_finite(dict(zip(prompts[1:], texts, strict=True)), f"{folder / 'text_encoder'}, text states")
     texts = [texts[0][:0], *texts]  # the null condition has no token
@@ -295,10 +313,12 @@ class Objective:
                            self.args.min_snr_gamma)
 
 
-KANDINSKY = {  # folder of the network, its loader, its training data
-    "prior": ("prior", load_prior, prior_data),
-    "decoder": ("unet", load_decoder, decoder_data),
-    "unet3": ("unet", load_unet3, unet3_data),
+KANDINSKY = {  # folder of the network, its loader, its training data, what else these depend on
+    "prior": ("prior", load_prior, prior_data,
+              ("scheduler", "text_encoder", "tokenizer", "image_encoder", "image_processor")),
+    "decoder": ("unet", load_decoder, decoder_data,
+                ("scheduler", "movq", "image_encoder", "image_processor")),
+    "unet3": ("unet", load_unet3, unet3_data, ("scheduler", "movq", "text_encoder", "tokenizer")),
 }
 
 
@@ -306,26 +326,29 @@ def kandinsky_task(args, world):
     """(run, task) for a network of a published folder."""
     auto = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-    part, load, encode = KANDINSKY[args.network]
+    part, load, encode, others = KANDINSKY[args.network]
     with world.together():
         lora.config_of(args)  # bad flags fail before anything is read
-        folder = fetch(args.model)
+        folder = fetch(args.model, dtype)
+        clip = fetch(args.prior, dtype) if args.network == "decoder" else folder
         network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
         inject(network, args)
         if args.network != "prior":
             load_autoencoder(folder, network, args.size)
         train, val, fingerprint = training.read_data(args)
         readable, images, val_images = readable_images(train, val, args)
-        weights = folder_hash(folder / part)
+        hashes = {"weights": folder_hash(folder / part)}
+        for name in others:
+            hashes[f"{name}_hash"] = folder_hash((clip if name.startswith("image_") else folder) / name)
 
     def steps(images_a_step):
         return math.ceil(args.epochs * len(images) / images_a_step) if args.epochs else args.steps
 
     args.steps = steps(args.batch_size * world.size)
-    run = start_run(args, world, fingerprint, dtype=str(dtype), weights=weights)
+    run = start_run(args, world, fingerprint, dtype=str(dtype), **hashes)
     args.steps = steps(run.config["images_a_step"])
     with world.together():
-        encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype)
+        encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip)
         encoded = encode(args, network, folder, encoders)
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
@@ -476,7 +499,8 @@ def main(argv=None):
     if args.network == "msdm":
         meta = msdm.load_meta(args.model)
         args.preset = meta["preset"]
-        training.fill_defaults(args, msdm.TRAINING[args.preset] | {"size": meta["diffusion"]["image_size"]})
+        used = {k: v for k, v in msdm.TRAINING[args.preset].items() if k not in ("muon_lr", "text_encoder")}
+        training.fill_defaults(args, used | {"size": meta["diffusion"]["image_size"]})
         msdm.check_flags(args)
     else:
         training.fill_defaults(args, TRAINING[args.network])

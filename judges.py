@@ -151,6 +151,18 @@ def print_table(rows, columns):
         print("  ".join(padded).rstrip())
 
 
+def write_table(path, table):
+    """The table as a JSON file. What could not be tested, NaN in the rows, is null: JSON has no NaN."""
+    def known(value):
+        if isinstance(value, dict):
+            return {k: known(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [known(v) for v in value]
+        return value if not isinstance(value, float) or math.isfinite(value) else None
+
+    write_json(path, known(table))
+
+
 def interval(row):
     return f"{row['low']:.2f}-{row['high']:.2f}"
 
@@ -211,7 +223,7 @@ def faithfulness(args):
     if rare:
         print(f"not judged, fewer than {MIN_EXAMPLES} real images show it: {', '.join(rare)}")
     if args.json:
-        write_json(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
+        write_table(args.json, protocol | {"values": rows, "summary": summary, "not_judged": rare})
 
 
 def evaluation_prompts(colors):
@@ -265,7 +277,7 @@ def usefulness(args):
           "as many prompts, and tested on held-out real ones. real-test, GAN-test: trained on all real\n"
           "images with all their labels, tested on held-out real and on generated ones.")
     if args.json:
-        write_json(args.json, {
+        write_table(args.json, {
             "real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
             "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake), "size": args.size,
             "steps": args.steps, "seed": args.seed, "attributes": rows})
@@ -352,7 +364,7 @@ def memorisation(args):
         print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
               file=sys.stderr)
     if args.json:
-        write_json(args.json, {
+        write_table(args.json, {
             "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
             "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
             "near": float(near), "near_ratio": float(near_ratio), "verdict": conclusion,

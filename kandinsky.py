@@ -13,7 +13,7 @@ import importlib
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -171,6 +171,7 @@ def latent_shape(n, height, width, s):
 
 def one_image_at_a_time_on_cpu(sample_batch):
     """Float sums depend on the batch size; on a CPU, where batches gain little, compute one by one (ours)."""
+    @wraps(sample_batch)
     def sample(self, prompts, seeds, *args, **kwargs):
         if self.device.type != "cpu":
             return sample_batch(self, prompts, seeds, *args, **kwargs)
@@ -478,14 +479,16 @@ class Kandinsky3:
         states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return [s[m.bool()] for s, m in zip(states, tokens.attention_mask, strict=True)]
 
-    def prepare(self, prompts, cache=None, batch_size=16):
+    def prepare(self, prompts, cache=None, batch_size=16, is_main=True):
         """Add the T5 states of prompts that self.texts lacks, on the CPU; then free the text encoder.
 
         cache: a folder for a file of the states, named after the text encoder, its dtype and the tokenizer.
+        Of several processes the main one writes it, and says which prompts are cut.
         """
         file, kept = None, {}
         new = sorted(set(prompts) - self.texts.keys())
-        warn_of_cut(self.tokenizer, new, self.n_tokens)
+        if is_main:
+            warn_of_cut(self.tokenizer, new, self.n_tokens)
         if cache is not None and new:
             folders = self.text_folder, self.tokenizer.name_or_path
             key = text_hash(*map(folder_hash, folders), self.text_dtype)
@@ -499,7 +502,7 @@ class Kandinsky3:
             batch = missing[i:i + batch_size]
             self.texts |= {p: states.cpu() for p, states in zip(batch, self.encode_text(batch), strict=True)}
         self.text_encoder = None
-        if file is not None and missing:
+        if file is not None and missing and is_main:
             save_or_say(file, kept | {text_hash(p): self.texts[p] for p in missing})
 
     def generate(self, prompts, steps=25, guidance=4.0, height=1024, width=1024, generator=None,

@@ -314,9 +314,40 @@ def _check_patterns(config):
     expressions = [config.targets] if isinstance(config.targets, str) else []
     for pattern in (*expressions, *config.rank_pattern, *config.alpha_pattern):
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise BadInput(f"LoRA: {pattern!r} is not a regular expression ({error})") from None
+            slow = len(pattern) > 10_000 or _ways(re.compile(pattern).pattern) > 300_000
+        except (re.error, RecursionError, OverflowError) as error:
+            raise BadInput(f"LoRA: {pattern!r:.100} is not a regular expression ({error})") from None
+        if slow:
+            raise BadInput(f"LoRA: {pattern!r:.100} may take for ever to match: expected at most three of "
+                           "* + {} in a regular expression, none of them after a group; or a list of names")
+
+
+TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?|(?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL)
+
+
+def _ways(pattern):
+    """A bound of the ways to match a regular expression with a name, all of which Python may try.
+
+    It is the product of the alternatives and of the lengths of repeats, 32 for any; infinite if a group is
+    repeated, where repeats may be nested. The name of a layer is short, the file of an adapter anybody's.
+    """
+    ways, groups, last = 1, [1], ""  # groups: the number of alternatives of each open one
+    for token in TOKEN.finditer(pattern):
+        text, repeat = token[0], token["repeat"]
+        if text.isspace():  # (?x) ignores it
+            continue
+        if text == "#" or repeat not in (None, "?") and last == ")":  # in (?x), a comment, with any brackets
+            return math.inf
+        if repeat:
+            ways *= 2 if repeat == "?" else 32
+        elif text in ("(", "(?"):
+            groups.append(1)
+        elif text == ")":
+            ways *= groups.pop()
+        elif text == "|":
+            groups[-1] += 1
+        last = text
+    return ways * groups[0]
 
 
 def _is_target(name, targets):

@@ -28,11 +28,14 @@ import json
 import os
 import re
 import signal
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import atan2, cos, hypot, pi, sin
-from multiprocessing import Pool
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from PIL import Image
@@ -495,6 +498,29 @@ def check_same(out, found, size, lines):
             path.unlink()
 
 
+@contextmanager
+def workers(out):
+    """A pool of processes; left early, by Ctrl-C say, it waits only for what they are at."""
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise BadInput(f"{out}: a worker process was killed, for want of memory perhaps; run the same "
+                       "command again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """Ctrl-C is left to the parent process; a worker ends when that ends, in whatever way."""
+    def follow():
+        parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=follow, daemon=True).start()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -507,9 +533,8 @@ def main(argv=None):
         if getattr(args, name) < low:
             raise BadInput(f"--{name}: expected at least {low}, got {getattr(args, name)}")
     found = check_out(args.out, args.n)
-    # Ctrl-C is left to the parent process
-    with Pool(os.cpu_count(), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        words = pool.imap(partial(make_words, seed=args.seed), range(args.n), chunksize=25)
+    with workers(args.out) as pool:
+        words = pool.map(partial(make_words, seed=args.seed), range(args.n), chunksize=10)
         lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="image"), strict=True)
         check_same(args.out, found, args.size, "".join(lines))
         # attributes.jsonl comes first: check_same of a later run compares it. prompt-gt.csv comes last, when
@@ -518,7 +543,7 @@ def main(argv=None):
             tmp.write_text("".join(lines), encoding="utf-8")
         (args.out / "images").mkdir(exist_ok=True)
         make = partial(make_image, seed=args.seed, size=args.size, folder=args.out / "images")
-        made = pool.imap_unordered(make, range(args.n), 25)
+        made = pool.map(make, range(args.n), chunksize=4)
         for _ in tqdm(made, total=args.n, desc="images", unit="image"):
             pass
     with replacing(args.out / "prompt-gt.csv") as tmp:

@@ -203,14 +203,22 @@ def parse(argv):
     at_least_one(args, "n", "batch_size", "steps", "size")
     check_range(args, -math.inf, math.inf, "guidance", "lora_scale")
     check_range(args, -2**63, 2**64 - 1, "seed")
+    if args.lora_scale != 1 and not (args.lora or args.prior_lora or args.decoder_lora):
+        raise BadInput(f"--lora-scale {args.lora_scale:g}: expected an adapter that it scales, of --lora, "
+                       "--prior-lora or --decoder-lora")
     return args
 
 
 def read_prompts(args):
     """The prompts of all images; BadInput if there are none, too many, or one that cannot be written."""
-    prompts = [*(args.prompt or []), *(data.read_prompts(args.prompts) if args.prompts else [])]
+    # A line break becomes a space: a row of prompts.csv is one line.
+    own = [" ".join(prompt.splitlines()) for prompt in args.prompt or []]
+    prompts = [*own, *(data.read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise BadInput("give --prompt TEXT or --prompts FILE")
+    if not all(prompt.strip() for prompt in prompts):
+        raise BadInput("--prompt: an empty text, which no row of prompts.csv may hold; for images of no "
+                       "prompt give any, with --guidance 0")
     for prompt in (*prompts, args.negative_prompt):
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise BadInput(f"prompt {prompt!r:.100}: expected text in UTF-8")

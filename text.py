@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from command import BadInput
+from command import BadInput, reason
 from files import text_hash
 from unet import attention
 
@@ -180,12 +180,15 @@ class FrozenCLIP(TextEncoderReference):
         from transformers import AutoTokenizer, CLIPTextModel
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = CLIPTextModel.from_pretrained(name, dtype=dtype).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            # No code of a folder is run, and nothing unpickled.
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = CLIPTextModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            self.model = model.eval().requires_grad_(False)
+        except MemoryError:
+            raise
+        except Exception as error:  # a file that transformers cannot use shows in many ways
             raise BadInput(f"text encoder {name}: neither a folder with a CLIP text model nor available from "
-                           f"the hub ({reason}); --text-encoder train learns a small one") from None
+                           f"the hub ({reason(error)}); --text-encoder train learns a small one") from None
         self.weights = self._hash()
 
     def _hash(self):

@@ -211,6 +211,40 @@ def test_images_are_prepared_as_clip_does(made, size):
     assert (ours - theirs).abs().mean() < 0.004  # half a grey value of 255: resizes round differently
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"do_rescale": False}, "do_rescale=False"), ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
+    ({"image_mean": None}, "image_mean=None, expected three numbers$"),
+    ({"image_mean": [0.5, 0.5]}, "image_mean"),
+    ({"image_std": [0.5, 0.5, 0]}, "image_std=.*, expected three numbers above 0$"),
+    ({"image_std": ["a", 1, 1]}, "image_std"), ({"size": 0, "crop_size": 0}, "size=0")])
+def test_another_preparation_for_clip_is_refused(made, tmp_path, change, said):
+    config = json.loads((made / "tiny22/prior/image_processor/preprocessor_config.json").read_text()) | change
+    left = {k: v for k, v in config.items() if v is not None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(left))
+    with pytest.raises(BadInput, match=said):
+        finetune.clip_preprocessor(tmp_path)
+
+
+def test_older_files_that_do_not_name_the_rescaling_are_read(made, tmp_path):
+    folder = made / "tiny22/prior/image_processor"
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    left = {k: v for k, v in config.items() if "rescale" not in k}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(left))
+    ours = [finetune.clip_preprocessor(f)(image(0, 40, 32)) for f in (folder, tmp_path)]
+    assert torch.equal(*ours)
+
+
+def test_captions_that_clip_cuts_are_said_once(made, tmp_path, capsys):
+    shutil.copytree(made / "data", tmp_path / "data")
+    with open(tmp_path / "data/prompt-gt.csv", "a", encoding="utf-8") as f:
+        f.write("Generate an image with 1 polyp. " * 30 + ";000000.png\n")
+    for _ in range(2):  # the second time the states come from the cache
+        finetune.main(flags(made, "prior", tmp_path / "run", "--data", tmp_path / "data", "--steps", 1))
+        said = [line for line in capsys.readouterr().err.splitlines() if "are cut to the 77 tokens" in line]
+        assert len(said) == 1 and said[0].startswith("warning: 1 of ")
+        shutil.rmtree(tmp_path / "run")
+
+
 # Sampling
 
 
@@ -276,6 +310,40 @@ def test_a_run_with_other_settings_is_refused(made):
     with pytest.raises(BadInput, match="started with alpha=4, now alpha=8"):
         finetune.main(flags(made, "prior", made / "prior", "--rank", 8))
     assert folder_hash(made / "prior") == before
+
+
+@pytest.mark.parametrize(("name", "flag", "kind", "file"), [
+    ("prior", "--model", "tiny22/prior", "text_encoder/config.json"),
+    ("prior", "--model", "tiny22/prior", "tokenizer/tokenizer_config.json"),
+    ("prior", "--model", "tiny22/prior", "scheduler/scheduler_config.json"),
+    ("decoder", "--prior", "tiny22/prior", "image_encoder/config.json"),
+    ("decoder", "--prior", "tiny22/prior", "image_processor/preprocessor_config.json"),
+    ("decoder", "--model", "tiny22/decoder", "movq/config.json"),
+    ("unet3", "--model", "tiny3", "text_encoder/config.json")])
+def test_a_run_with_another_encoder_is_refused(made, tmp_path, name, flag, kind, file):
+    shutil.copytree(made / kind, tmp_path / "other")
+    with open(tmp_path / "other" / file, "a", encoding="utf-8") as f:
+        f.write("\n")
+    before = folder_hash(made / name)
+    with pytest.raises(BadInput, match=f"started with {file.split('/')[0]}_hash="):
+        finetune.main(flags(made, name, made / name, flag, tmp_path / "other"))
+    assert folder_hash(made / name) == before
+
+
+def test_folders_are_fetched_in_the_precision_of_the_training(made, tmp_path, monkeypatch):
+    asked, fetch = [], finetune.fetch
+
+    def noted(name, dtype=None):
+        asked.append((name, dtype))
+        return fetch(name, dtype)
+
+    monkeypatch.setattr(finetune, "fetch", noted)
+    monkeypatch.setattr(finetune, "train",
+                        lambda args: finetune.kandinsky_task(args, finetune.training.start("cpu")))
+    finetune.main(flags(made, "decoder", tmp_path / "run", "--dtype", "bfloat16", "--cache",
+                        tmp_path / "cache"))
+    folders = {str(made / "tiny22/decoder"), str(made / "tiny22/prior")}
+    assert {a[0] for a in asked} == folders and {a[1] for a in asked} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("kind", "change", "said"), [
@@ -360,6 +428,12 @@ def test_msdm_learns_an_adapter_and_the_base_stays(msdm_run):
     tensors, _ = load_safetensors(msdm_run / "run/last/adapter_model.safetensors")
     assert all(k.startswith("base_model.model.") for k in tensors)
     assert all(v.any() for k, v in tensors.items() if "lora_B" in k)
+
+
+def test_a_run_holds_no_setting_that_it_does_not_use(msdm_run):
+    settings = json.loads((msdm_run / "run/config.json").read_text())["settings"]
+    assert "muon_lr" not in settings and settings["text_encoder"] is None and settings["lr"] == 0.01
+    assert "muon_lr" not in (msdm_run / "run/MODEL_CARD.md").read_text()
 
 
 def test_a_stopped_adaptation_of_msdm_ends_with_the_same_bytes(msdm_run, tmp_path):

@@ -206,6 +206,14 @@ def test_report_on_perfect_and_on_blind_images():
     assert judges.report(wanted, wanted, labels, wanted, labels)[2] == ["box without", "box with"]
 
 
+def test_what_cannot_be_tested_is_null_in_the_file(tmp_path):
+    rows = [{"asked for": "ip", "share": 0.5, "sensitivity": math.nan}]
+    judges.write_table(tmp_path / "table.json", {"values": rows, "n": 2})
+    table = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert table == {"values": [{"asked for": "ip", "share": 0.5, "sensitivity": None}], "n": 2}
+    assert math.isnan(rows[0]["sensitivity"])  # the table on the screen shows a dash
+
+
 def test_evaluation_prompts_ask_for_one_value_each(tmp_path):
     judges.main(["prompts", "--out", str(tmp_path / "prompts.csv"), "--per-value", "3"])
     with open(tmp_path / "prompts.csv", encoding="utf-8", newline="") as f:

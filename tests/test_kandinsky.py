@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 
@@ -236,6 +237,19 @@ def test_t5_states_are_kept_in_the_cache(k3, tmp_path, monkeypatch):
     k3.prepare(PROMPTS[::-1], cache=tmp_path)
     assert first.keys() == k3.texts.keys() == set(PROMPTS)
     assert all(torch.equal(first[p], k3.texts[p]) for p in PROMPTS)
+
+
+def test_t5_states_are_written_by_the_main_process_alone(k3, tmp_path, capsys):
+    k3.texts = {}
+    k3.prepare([*PROMPTS, "Generate an image with 1 polyp. " * 30], cache=tmp_path, is_main=False)
+    assert set(PROMPTS) < k3.texts.keys() and not list(tmp_path.iterdir())
+    assert "warning: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", [Kandinsky22, Kandinsky3])
+def test_sample_batch_keeps_its_name_and_its_arguments(cls):
+    assert cls.sample_batch.__name__ == "sample_batch" and "uint8 (b, 3, h, w)" in cls.sample_batch.__doc__
+    assert {"steps", "guidance", "negative_prompt"} <= inspect.signature(cls.sample_batch).parameters.keys()
 
 
 def test_a_broken_cache_of_t5_states_is_made_again_and_a_read_only_one_is_said(k3, tmp_path, capsys):

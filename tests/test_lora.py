@@ -202,6 +202,7 @@ def test_works_on_the_meta_device():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda net: lora.LoRAConfig(rank=0, alpha=1), "rank: expected a whole number from 1, got 0"),
     (lambda net: lora.LoRAConfig(rank=2, alpha=1, targets="(("), "not a regular expression"),
+    (lambda net: lora.LoRAConfig(rank=2, alpha=1, targets="a{99999999999}"), "not a regular expression"),
     (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("to_x",))),
      r"match no layer of Net: \('to_x',\)"),
     (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("attn1",))),
@@ -213,6 +214,23 @@ def test_bad_input_is_one_clear_line(net, make, message):
     with pytest.raises(BadInput, match=message) as error:
         make(net)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", [
+    "([a-z_0-9.]+)+x", "(.|.)*x", "(a?){40}", ".*" * 9 + "x", "(.|.)" * 40 + "x", ".?" * 40 + "x",
+    "(?x)(.+) *x", "(?x) # [\n (.+)+x#]", "(?#[)(.+)+x]", "(.|a)" * 3000])
+def test_a_regular_expression_that_could_match_for_ever_is_refused(pattern):
+    for given in ({"targets": pattern}, {"rank_pattern": {pattern: 2}}, {"alpha_pattern": {pattern: 2}}):
+        with pytest.raises(BadInput, match="may take for ever to match") as error:
+            lora.LoRAConfig(rank=2, alpha=1, **given)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("pattern", [
+    r".*\.(attn1|attn2)\.(to_q|to_k|to_v|to_out\.0)", r"(.*\.)?attn1\.to_[qk]", r"^(?!.*mid).*\.\d+\.to_q$",
+    r"(?:.*?(?:down|up).*?)?attn[12]\.to_(?:q|k)", "|".join(f"blocks.{i}.to_q" for i in range(300))])
+def test_a_regular_expression_of_the_usual_kind_is_read(pattern):
+    assert lora.LoRAConfig(rank=2, alpha=1, targets=pattern).targets == pattern
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 import data
@@ -206,6 +209,21 @@ def test_a_killed_run_leaves_nothing_behind(folder):
     phantom.main(["--out", str(folder), "--n", "12", "--size", "32", "--seed", "3"])
     assert files(folder) == before | {".env.local.orig": b"somebody's"}
     (folder / ".env.local.orig").unlink()
+
+
+KILLED = """
+import os, signal, sys, phantom
+phantom.render = lambda scene, size: os.kill(os.getpid(), signal.SIGKILL)
+phantom.run_command(lambda: phantom.main(["--out", sys.argv[1], "--n", "4"]))
+"""
+
+
+def test_a_killed_worker_ends_the_command_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "p"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "a worker process was killed" in errors[0]
+    assert "Traceback" not in done.stderr and not (tmp_path / "p/prompt-gt.csv").exists()
 
 
 def test_attributes_of_somebody_else_are_left_alone(tmp_path):

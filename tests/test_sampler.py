@@ -8,6 +8,7 @@ import torch
 from helpers import fixture
 from PIL import Image
 
+import data
 import sampler
 from command import BadInput
 
@@ -58,6 +59,14 @@ def test_every_image_says_that_it_is_synthetic_unless_asked_not_to(loads, tmp_pa
     assert configs[0] == configs[1]
 
 
+def test_a_prompt_of_two_lines_is_a_row_that_can_be_read(loads, tmp_path):
+    sample(tmp_path / "o", prompt="2 polyps\r\nin the\ncentre\n")
+    assert data.read_prompts(tmp_path / "o/prompts.csv") == ["2 polyps in the centre"]
+    assert data.read_folder(tmp_path / "o")[0].prompts == ["2 polyps in the centre"]
+    with Image.open(tmp_path / "o/images/000000.png") as img:
+        assert img.text["prompt"] == "2 polyps in the centre"
+
+
 @pytest.mark.parametrize("seed", [-1, -2**63, 2**63, 2**64 - 2])
 def test_seeds_of_64_bits(loads, tmp_path, seed):
     sample(tmp_path / "o", "-n", 2, "--seed", seed)
@@ -68,6 +77,8 @@ def test_seeds_of_64_bits(loads, tmp_path, seed):
     (["--seed", 2**64], "--seed"), (["--seed", -2**63 - 1], "--seed"),
     (["--seed", 2**64 - 1, "-n", 2], "must stay below"),
     (["--lora-scale", "nan"], "--lora-scale nan: expected a finite number"),
+    (["--lora-scale", "0.5"], "--lora-scale 0.5: expected an adapter that it scales"),
+    (["--prompt", "\n "], "--prompt: an empty text"),
     (["--guidance", "nan"], "--guidance nan"), (["--guidance", "inf"], "--guidance inf"),
     (["-n", 10**12], "1000000000000 images, expected at most 1000000"), (["-n", 0], "-n 0"),
     (["--prompt", "caf\udce9"], "expected text in UTF-8"),
