@@ -36,10 +36,12 @@ class SpatialNorm(nn.Module):
         self.shift = nn.Conv2d(latent_ch, ch, 1)
 
     def forward(self, x, z):
-        # A 1x1 convolution and nearest upsampling commute: the convolution is cheaper on the small latent.
-        small = self.scale(z), self.shift(z)  # (b, c, latent_h, latent_w) each
-        scale, shift = (F.interpolate(y, x.shape[-2:], mode="nearest") for y in small)  # (b, c, h, w) each
-        return self.plain(x) * scale + shift
+        # The latent is upsampled to x, nearest. A 1x1 convolution commutes with that, and upsampling is
+        # broadcasting over the r x s positions of x in a latent position: no tensor of x's size is made.
+        h, w = z.shape[-2:]
+        x = rearrange(self.plain(x), "b c (h r) (w s) -> b c h r w s", h=h, w=w)
+        scale, shift = (rearrange(y, "b c h w -> b c h 1 w 1") for y in (self.scale(z), self.shift(z)))
+        return rearrange(torch.addcmul(shift, x, scale), "b c h r w s -> b c (h r) (w s)")
 
 
 class MoVQResBlock(nn.Module):
