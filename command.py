@@ -76,6 +76,20 @@ def best_device(name="auto"):
         raise BadInput(f"--device {name}: not a device of this machine ({reason})") from None
 
 
+def fast_dtype(device):
+    """bfloat16 on a GPU that computes in it, and not by emulation; float32 elsewhere."""
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if supported else torch.float32
+
+
+def to_device(tensor, device):
+    """The tensor on a device; from the CPU to a GPU through pinned memory, without waiting for the copy."""
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def at_least_one(args, *names):
     """BadInput for a count below 1. names: attributes of args; None is a count that was not given."""
     for name in names:

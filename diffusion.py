@@ -216,7 +216,7 @@ def denoiser(predict, alpha_bar, prediction, bound=None, learnt_variance_of=None
 
     def denoise(x_t, t):
         nonlocal last
-        a_t = alpha_bar[t].to(x_t)
+        a_t = alpha_bar[t].to(x_t.dtype)  # on alpha_bar's CPU: a copy would wait for the GPU
         batch_t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
         more = [torch.zeros_like(x_t) if last is None else last] if self_conditioning else []
         out, extra = predict(x_t, batch_t, *more)

@@ -28,7 +28,7 @@ import data
 import lora
 import msdm
 import training
-from command import BadInput, run_command
+from command import BadInput, fast_dtype, run_command
 from diffusion import min_snr_weight, q_sample, target
 from files import cached, file_hash, folder_hash, read_json, text_hash
 from kandinsky import (
@@ -53,7 +53,7 @@ class Task:
     """A network with a fresh adapter, its objective and its validation batch."""
 
     network: nn.Module
-    objective: object  # draw_batch(indices, generator) -> Batch, loss(part of it) -> scalar
+    objective: object  # draw_batch(indices, generator) -> Batch, loss(on_device(part of it)) -> scalar
     n_images: int  # training images; draw_batch takes indices below it
     held_out: training.Batch
     names: list  # of the training images
@@ -98,11 +98,6 @@ class EncodedData:
         own = [self.rows[i] for i in images.tolist()]
         drawn = [rows[int(torch.randint(len(rows), (), generator=generator))] for rows in own]
         return torch.tensor(drawn).masked_fill(torch.rand(len(drawn), generator=generator) < p_uncond, 0)
-
-    def condition(self, rows, device, dtype):
-        """The conditions of the rows (b,), floats in dtype."""
-        chosen = (c[rows] for c in self.conditions)
-        return [c.to(device, dtype if c.is_floating_point() else None) for c in chosen]
 
 
 @dataclass
@@ -303,14 +298,20 @@ class Objective:
         rows = torch.tensor([self.encoded.rows[i][0] for i in images.tolist()])
         return training.Batch(images=images, t=t, eps=eps, rows=rows)
 
+    def on_device(self, batch):
+        """A batch, or a part of one, as loss reads it: latents and conditions themselves, on the device."""
+        chosen = [c[batch.rows] for c in self.encoded.conditions]
+        conditions = {f"condition_{i}": c.to(self.dtype) if c.is_floating_point() else c
+                      for i, c in enumerate(chosen)}
+        return training.Batch(x_0=self.encoded.x_0[batch.images], t=batch.t, eps=batch.eps,
+                              **conditions).to(self.device)
+
     def loss(self, batch):
-        """loss_fn of a batch, or of a part of one."""
-        x_0 = self.encoded.x_0[batch.images].to(self.device)
-        condition = self.encoded.condition(batch.rows, self.device, self.dtype)
-        t, eps = batch.t.to(self.device), batch.eps.to(self.device)
+        """loss_fn of a batch from on_device."""
+        condition = [v for k, v in vars(batch).items() if k.startswith("condition_")]
         with training.autocast(self.device):
-            return loss_fn(self.network, x_0, condition, t, eps, self.alpha_bar, self.prediction,
-                           self.args.min_snr_gamma)
+            return loss_fn(self.network, batch.x_0, condition, batch.t, batch.eps, self.alpha_bar,
+                           self.prediction, self.args.min_snr_gamma)
 
 
 KANDINSKY = {  # folder of the network, its loader, its training data, what else these depend on
@@ -324,8 +325,7 @@ KANDINSKY = {  # folder of the network, its loader, its training data, what else
 
 def kandinsky_task(args, world):
     """(run, task) for a network of a published folder."""
-    auto = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = fast_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     part, load, encode, others = KANDINSKY[args.network]
     with world.together():
         lora.config_of(args)  # bad flags fail before anything is read
@@ -396,7 +396,7 @@ def train(args):
 
     def validate():
         network.eval()
-        val_loss = training.validate(objective.loss, task.held_out, args.batch_size)
+        val_loss = training.validate(objective, task.held_out, args.batch_size)
         network.train()
         return val_loss
 
@@ -404,7 +404,12 @@ def train(args):
         check_finite(params, run.folder / name)
         lora.save(network, run.folder / name)
 
+    # A block that is computed again needs its random state for dropout, which a CUDA graph cannot give.
+    record = not (args.lora_dropout and getattr(network, "gradient_checkpointing", False))
+    take_step = training.Step(objective, params, opt, ema, world, args.accumulate, record)
+
     def checkpoint(step):
+        take_step.settle()
         with ema.applied():
             run.keep(step, validate(), save)
             if task.save_samples and world.is_main:
@@ -424,8 +429,7 @@ def train(args):
         indices = world.batch(task.n_images, run.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
-                                         factor, step + 1, [task.names[i] for i in indices])
+        loss, norm = take_step(batch, factor, step + 1, [task.names[i] for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):

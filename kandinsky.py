@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from command import BadInput, best_device, reason
+from command import BadInput, best_device, reason, to_device
 from data import to_uint8
 from diffusion import SOLVERS, denoiser, guided, sample_in_batches, seeded_noise
 from files import cached, folder_hash, read_json, refuse_pointer, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
+from unet import in_its_dtype
 from weights import check_config, check_finite, fetch
 
 # Schedules: a published scheduler_config.json in terms of diffusion.py
@@ -111,13 +112,6 @@ def read_schedule(folder):
 # Sampling: with the reference's rounding, or with the solvers of diffusion.py
 
 
-def in_its_dtype(network):
-    """The network as a function whose inputs are cast to its dtype and whose output is float32."""
-    dtype = next(network.parameters()).dtype
-    return lambda x_t, t, *condition: network(
-        x_t.to(dtype), t, *(c.to(dtype) if c.is_floating_point() else c for c in condition)).float()
-
-
 def denoiser_of(predict, schedule, alpha_bar, times):
     """diffusion.denoiser with the prediction type, bound and variance of a Schedule."""
     times = times if schedule.learned_variance else None
@@ -155,7 +149,7 @@ def solve(predict, schedule, steps, solver, draw, shape, device):
     times = schedule.timesteps(steps)
 
     def noise():
-        return draw(*shape).to(device)
+        return to_device(draw(*shape), device)
 
     x_T = noise()
     if solver == "reference":

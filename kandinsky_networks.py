@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from command import BadInput
-from unet import AdaGroupNorm, Attention, AttentionBlock, attention, timestep_embedding
+from unet import AdaGroupNorm, Attention, AttentionBlock, GroupNorm, attention, timestep_embedding
 from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
@@ -110,7 +110,8 @@ class Prior(nn.Module):
 def checkpointed(network, block, *args):
     """block(*args); with gradient checkpointing its activations are computed again in the backward pass."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
+        recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()  # without dropout
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=not recorded)
     return block(*args)
 
 
@@ -144,10 +145,10 @@ class DecoderResBlock(nn.Module):
 
     def __init__(self, in_ch, out_ch, emb_dim, groups, resample=None):
         super().__init__()
-        self.norm_1 = nn.GroupNorm(groups, in_ch)
+        self.norm_1 = GroupNorm(groups, in_ch)
         self.conv_1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * out_ch)
-        self.norm_2 = nn.GroupNorm(groups, out_ch)
+        self.norm_2 = GroupNorm(groups, out_ch)
         self.conv_2 = nn.Conv2d(out_ch, out_ch, 3, padding=1)
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.resample = resample or (lambda x: x)
@@ -178,7 +179,7 @@ class ImageAttention(nn.Module):
     def __init__(self, ch, token_dim, head_dim, groups):
         super().__init__()
         self.n_heads = ch // head_dim
-        self.norm = nn.GroupNorm(groups, ch)
+        self.norm = GroupNorm(groups, ch)
         self.to_q, self.to_k, self.to_v = nn.Linear(ch, ch), nn.Linear(ch, ch), nn.Linear(ch, ch)
         self.token_k, self.token_v = nn.Linear(token_dim, ch), nn.Linear(token_dim, ch)
         self.to_out = nn.ModuleList([nn.Linear(ch, ch)])
@@ -256,7 +257,7 @@ class Decoder(nn.Module):
             ch = widths[i]
             self.up.append(DecoderLevel(blocks, attn(ch, (n_res + 1) * with_attention[i]),
                                         res(ch, ch, upsample) if i > 0 else None))
-        self.norm_out = nn.GroupNorm(groups, ch)
+        self.norm_out = GroupNorm(groups, ch)
         self.conv_out = nn.Conv2d(ch, out_ch, 3, padding=1)
 
     def forward(self, z, t, image_embed):
@@ -464,7 +465,7 @@ class UNet3(nn.Module):
             both = ch if lowest else 2 * ch  # with the skip
             layers = [(both, both, ch), *[(ch, ch, ch)] * (n_layers - 2), (ch, ch, outer)]
             self.up.append(UNet3Level(layers, outer, i > 0, *common, up=not lowest))
-        self.norm_out = nn.GroupNorm(groups, first)
+        self.norm_out = GroupNorm(groups, first)
         self.conv_out = nn.Conv2d(first, in_ch, 3, padding=1)
 
     def forward(self, z, t, text, text_mask, text_length=None):

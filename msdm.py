@@ -21,7 +21,7 @@ import data
 import training
 import unet as unets
 import vae as vaes
-from command import BadInput, run_command
+from command import BadInput, run_command, to_device
 from diffusion import (
     SOLVERS,
     denoiser,
@@ -39,7 +39,7 @@ from files import cached, file_hash, load_metadata, load_safetensors, text_hash
 from optim import Optimizers, lr_factor
 from runfolder import check_finite
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
-from unet import UNet, UNetConfig
+from unet import UNet, UNetConfig, in_its_dtype
 from vae import VAE, VAEConfig, reparameterise
 from weights import check_format, described_by, load_state
 
@@ -100,7 +100,7 @@ class MSDM(nn.Module):
         b = len(prompts)
         states, mask = self.text([*prompts, negative_prompt])  # (b + 1, n, d), (b + 1, n)
         cond, null = (states[:b], mask[:b]), (states[b:].expand(b, -1, -1), mask[b:].expand(b, -1))
-        predict = guided(self.unet, cond, null, guidance)
+        predict = guided(in_its_dtype(self.unet), cond, null, guidance)
         return denoiser(predict, self.diffusion.alpha_bar(), self.diffusion.prediction,
                         self_conditioning=self.unet.config.self_conditioning)
 
@@ -122,7 +122,7 @@ class MSDM(nn.Module):
         denoise, draw = self.denoiser(prompts, guidance, negative_prompt), seeded_noise(seeds)
 
         def noise():
-            return draw(len(prompts), *self.latent_shape()).to(self.device)
+            return to_device(draw(len(prompts), *self.latent_shape()), self.device)
 
         times = timesteps(self.T, steps)
         return data.to_uint8(self.vae.decode(
@@ -279,32 +279,37 @@ class CaptionSampler:
             prompts.append(" ".join(own[j] for j in chosen))
         return data.drop_context(prompts, self.p_uncond, generator)
 
-    def encode(self, prompts):
-        """(states (b, n, d), mask (b, n)) of b prompts."""
-        if self.cache is None:
-            return self.text(prompts)
-        rows = torch.tensor([self.rows[p] for p in prompts], device=self.cache[0].device)
-        return self.cache[0][rows], self.cache[1][rows]
+    def fields(self, prompts):
+        """What a batch holds of its prompts: their rows in the cache, or their tokens."""
+        if self.cache is not None:
+            return {"rows": torch.tensor([self.rows[p] for p in prompts])}
+        ids, mask = self.text.tokenise(prompts)
+        return {"ids": ids, "mask": mask}
+
+    def encode(self, batch):
+        """(states (b, n, d), mask (b, n)) of a batch with these fields."""
+        if self.cache is not None:
+            return self.cache[0][batch.rows], self.cache[1][batch.rows]
+        return self.text.encode(batch.ids, batch.mask)
 
 
 # Training: the step
 
 
-def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, self_cond):
+def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, n_fed=0):
     """DDPM, Algorithm 1: the network's error at x_t, a scalar.
 
-    x_0, eps (b, c, h, w); text (b, n, d); text_mask (b, n); t (b,); alpha_bar (T,); loss "l1" or "l2";
-    self_cond (b,), true where the estimate of x_0 is fed back (arXiv:2208.04202), or None.
+    x_0, eps (b, c, h, w); text (b, n, d); text_mask (b, n); t (b,); alpha_bar (T,); loss "l1" or "l2". The
+    estimate of x_0 is fed back in the first n_fed rows, zeros in the others (arXiv:2208.04202).
     """
     a_t = alpha_bar[t].view(-1, 1, 1, 1)
     x_t = q_sample(x_0, a_t, eps)
-    estimate = None
-    if self_cond is not None and self_cond.any():
+    estimate = torch.zeros_like(x_0) if unet.config.self_conditioning else None
+    if n_fed:
+        fed = slice(n_fed)
         with torch.no_grad():  # no gradient through the estimate (Self-conditioning)
-            chosen = self_cond.nonzero()[:, 0]
-            out = unet(x_t[chosen], t[chosen], text[chosen], text_mask[chosen])
-            estimate = torch.zeros_like(x_0)
-            estimate[chosen] = to_x_0(diffusion.prediction, out.float(), x_t[chosen], a_t[chosen])
+            out = unet(x_t[fed], t[fed], text[fed], text_mask[fed])
+            estimate[fed] = to_x_0(diffusion.prediction, out.float(), x_t[fed], a_t[fed])
     out = unet(x_t, t, text, text_mask, estimate)
     y = target(diffusion.prediction, x_0, a_t, eps)
     return F.l1_loss(out, y) if loss == "l1" else F.mse_loss(out, y)
@@ -315,7 +320,9 @@ class Objective:
 
     def __init__(self, model, latents, captions, args):
         self.model, self.latents, self.captions, self.args = model, latents, captions, args
+        self.trained = model.unet  # the U-Net in training mode, perhaps compiled
         self.alpha_bar = model.diffusion.alpha_bar().float().to(model.device)
+        self.scale = model.vae.latent_scale.cpu()
 
     def draw_batch(self, indices, generator):
         """Everything random of a step on the images `indices`, as a Batch of CPU tensors and prompts."""
@@ -325,24 +332,30 @@ class Objective:
         z = reparameterise(mu, logvar, torch.randn(mu.shape, generator=generator))
         t = sample_timesteps(b, self.model.T, args.logit_normal, generator)
         eps = torch.randn(z.shape, generator=generator)
-        feeds_back = self.model.unet.config.self_conditioning
-        self_cond = torch.rand(b, generator=generator) < args.p_self_cond if feeds_back else None
-        return training.Batch(x_0=self.model.vae.latent_scale.cpu() * z, t=t, eps=eps, self_cond=self_cond,
-                              prompts=self.captions.draw(indices, generator))
+        share = args.p_self_cond * self.model.unet.config.self_conditioning
+        n_fed = int(share * b + float(torch.rand((), generator=generator)))  # share * b on average
+        return training.Batch(x_0=self.scale * z, t=t, eps=eps, fed=[True] * n_fed + [False] * (b - n_fed),
+                              **self.captions.fields(self.captions.draw(indices, generator)))
 
     def held_out(self, latents, records):
         """Validation batch: mean latents, first captions, fixed times and noise, no self-conditioning."""
-        x_0 = self.model.vae.latent_scale.cpu() * latents[:, 0].float().chunk(2, dim=1)[0]
+        x_0 = self.scale * latents[:, 0].float().chunk(2, dim=1)[0]
         t, eps = training.fixed_noise(len(x_0), x_0.shape[1:], self.model.T)
-        return training.Batch(x_0=x_0, t=t, eps=eps, self_cond=None, prompts=[r.prompts[0] for r in records])
+        return training.Batch(x_0=x_0, t=t, eps=eps, fed=[False] * len(x_0),
+                              **self.captions.fields([r.prompts[0] for r in records]))
+
+    def on_device(self, batch):
+        """A batch, or a part of one, as loss reads it."""
+        return batch.to(self.model.device)
 
     def loss(self, batch):
-        device, m = self.model.device, self.model
-        with training.autocast(device):
-            text, mask = self.captions.encode(batch.prompts)
-            self_cond = None if batch.self_cond is None else batch.self_cond.to(device)
-            return loss_fn(m.unet, batch.x_0.to(device), text, mask, batch.t.to(device), batch.eps.to(device),
-                           self.alpha_bar, m.diffusion, self.args.loss, self_cond)
+        """loss_fn of a batch from on_device. The rows to feed back are its first ones."""
+        m = self.model
+        with training.autocast(m.device):
+            text, mask = self.captions.encode(batch)
+            unet = self.trained if m.unet.training else m.unet
+            return loss_fn(unet, batch.x_0, text, mask, batch.t, batch.eps, self.alpha_bar, m.diffusion,
+                           self.args.loss, sum(batch.fed))
 
 
 # Training: the run
@@ -410,12 +423,17 @@ def train(args):
     ema = training.EMA(params, args.ema_decay)
     captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond)
     objective = Objective(model, latents, captions, args)
+    if args.compile:
+        objective.trained = torch.compile(model.unet, dynamic=False)
     held_out = objective.held_out(val_latents, val_records)
 
+    take_step = training.Step(objective, params, opt, ema, world, args.accumulate)
+
     def checkpoint(step):
+        take_step.settle()
         model.eval()
         with ema.applied():
-            val_loss = training.validate(objective.loss, held_out, args.batch_size)
+            val_loss = training.validate(objective, held_out, args.batch_size)
             meta = model.metadata() | {"step": step, "val_loss": val_loss, "data": fingerprint}
             run.keep(step, val_loss, lambda name: run.save_checkpoint(name, model.tensors(), meta))
             if world.is_main:
@@ -430,8 +448,7 @@ def train(args):
         indices = world.batch(len(train_records), run.batch_size, step, args.seed)
         batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, ema, world,
-                                         factor, step + 1, [train_records[i].name for i in indices])
+        loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):
@@ -445,7 +462,8 @@ def save_samples(run, step, model, val_records, args):
     """Sample sheet: images of held-out prompts, always with the same seeds."""
     prompts = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
     if prompts:
-        images = model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp")
+        with training.autocast(model.device):
+            images = model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp")
         data.write_grid(run.sheet(step), images)
 
 
@@ -498,6 +516,8 @@ def main(argv=None):
     flag("size", "side of the images, pixels", type=int)
     flag("text_encoder", "CLIP text model by name or folder, or train")
     flag("muon_lr", "learning rate of Muon for the U-Net's inner weights; 0: AdamW for all", type=float)
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the U-Net: minutes before the first step, faster steps on a GPU")
     add_flags(parser, flag)
     args = parser.parse_args(training.repeated(parser, argv))
     training.check_flags(args)

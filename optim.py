@@ -75,12 +75,15 @@ class Optimizers:
             self.parts.append(Muon([params[k] for k in inner], lr=muon_lr))
 
     def step(self, factor):
-        """One step at `factor` times the base learning rates; clears the gradients."""
+        """One step at `factor` times the base learning rates."""
         for opt in self.parts:
             for group in opt.param_groups:
                 group["lr"] = factor * opt.defaults["lr"]
             opt.step()
-            opt.zero_grad(set_to_none=True)
+
+    def zero_grad(self, set_to_none=True):
+        for opt in self.parts:
+            opt.zero_grad(set_to_none)
 
     def state_dict(self):
         return [opt.state_dict() for opt in self.parts]

@@ -23,7 +23,7 @@ import data
 import kandinsky
 import lora
 import msdm
-from command import BadInput, at_least_one, best_device, check_range, run_command
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, run_command
 from diffusion import SOLVERS
 from files import (
     create_json,
@@ -53,10 +53,11 @@ def find_model(args):
                 raise BadInput(f"--{flag.replace('_', '-')} is not for {kind}, which --ckpt {args.ckpt} is")
 
     device = best_device(args.device)
+    args.dtype = args.dtype or str(fast_dtype(device)).removeprefix("torch.")
     flags = ("lora", "prior_lora", "decoder_lora")
     hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
-        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "dtype", "text_device")
+        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "text_device")
         msdm.load_meta(args.ckpt)
 
         def load():
@@ -66,7 +67,7 @@ def find_model(args):
             return model
 
         return load, hashes | {"checkpoint": file_hash(args.ckpt)}
-    dtype = getattr(torch, args.dtype or "float32")
+    dtype = getattr(torch, args.dtype)
     folder = fetch(args.ckpt, dtype)
     refuse("a folder of Kandinsky", "text_encoder")
     if (folder / "prior").is_dir():
@@ -192,7 +193,7 @@ def parse(argv):
     flag("--batch-size", type=int, default=16, help="images at a time; does not change them")
     flag("--device", default="auto", help="cpu, cuda, or auto")
     flag("--dtype", choices=("float32", "bfloat16", "float16"),
-         help="of the weights (Kandinsky); None: float32")
+         help="of the diffusion network's weights; None: bfloat16 on a GPU that has it, else float32")
     flag("--text-device", help="device of the text encoder (Kandinsky 3); None: --device")
     flag("--grid", action=argparse.BooleanOptionalAction, default=False,
          help="write a grid of the first 64 images too, grid.png")
@@ -244,13 +245,15 @@ def main(argv=None):
     request |= {"solver": args.solver, "negative_prompt": args.negative_prompt}
     if request["steps"] > model.T:
         raise BadInput(f"--steps {request['steps']}: the checkpoint's schedule has {model.T} times")
+    adapted = any(lora.layers(network) for network in model.networks)
     for network in model.networks:
         lora.set_scale(network, args.lora_scale)
-    adapted = any(lora.layers(network) for network in model.networks)
-    is_kandinsky = "height" in request
+        if args.dtype != "float32":  # the sum of weight and update is rounded once
+            lora.merge(network)
+            network.to(getattr(torch, args.dtype))
     settings = hashes | settings | {
         "steps": request["steps"], "guidance": request["guidance"], "size": request.get("height"),
-        "dtype": args.dtype or ("float32" if is_kandinsky else None),
+        "dtype": args.dtype,
         "lora_scale": args.lora_scale if adapted else None}
     claim_folder(out, settings, prompts, args.seed)
     write_samples(model, prompts, args, request, hashes)

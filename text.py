@@ -94,11 +94,17 @@ class TextTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, prompts):
+        return self.encode(*(x.to(self.tokens.weight.device) for x in self.tokenise(prompts)))
+
+    def tokenise(self, prompts):
+        """(ids (b, length) int64, mask (b, length) bool) of b prompts, on the CPU."""
         encoded = self.tokenizer.encode_batch(list(prompts))
-        device = self.tokens.weight.device
-        ids = torch.tensor([e.ids for e in encoded], device=device)
-        mask = torch.tensor([e.attention_mask for e in encoded], device=device).bool()
-        bias = alibi(self.config.length, self.config.n_heads, device)
+        mask = torch.tensor([e.attention_mask for e in encoded])
+        return torch.tensor([e.ids for e in encoded]), mask.bool()
+
+    def encode(self, ids, mask):
+        """(states (b, length, dim), mask) of the tokens that tokenise returns."""
+        bias = alibi(self.config.length, self.config.n_heads, ids.device)
         x = self.tokens(ids)  # (b, length, dim)
         for layer in self.layers:
             x = layer(x, mask, bias)
@@ -204,10 +210,17 @@ class FrozenCLIP(TextEncoderReference):
             return ""
         return self.tokenizer.decode(ids[self.length - 1:], skip_special_tokens=True)
 
-    @torch.no_grad()
     def forward(self, prompts):
+        return self.encode(*(x.to(self.model.device) for x in self.tokenise(prompts)))
+
+    def tokenise(self, prompts):
+        """(ids (b, length) int64, mask (b, length) bool) of b prompts, on the CPU."""
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.length,
-                                return_tensors="pt").to(self.model.device)
-        mask = tokens.attention_mask
-        states = self.model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
-        return states.float(), mask.bool()
+                                return_tensors="pt")
+        return tokens.input_ids, tokens.attention_mask.bool()
+
+    @torch.no_grad()
+    def encode(self, ids, mask):
+        """(states (b, length, d), mask) of the tokens that tokenise returns."""
+        states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return states.float(), mask

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from command import BadInput, at_least_one, best_device, check_range
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, to_device
 from runfolder import Run, read_run
 
 # Processes
@@ -101,6 +101,7 @@ def start(device="auto"):
     if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local_rank}"
     device = best_device(device)
+    torch.backends.cudnn.benchmark = True  # the shapes of a training repeat: let cuDNN try its algorithms
     if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -138,7 +139,7 @@ def autocast(device):
 
     Casts are not cached: one made in self-conditioning's pass without gradient would be reused in the next.
     """
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = fast_dtype(device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
@@ -185,38 +186,125 @@ class Batch:
     def __getitem__(self, part):
         return Batch(**{k: None if v is None else v[part] for k, v in vars(self).items()})
 
+    def to(self, device):
+        """Its tensors on a device, copied without waiting for a GPU."""
+        return Batch(**{k: to_device(v, device) if isinstance(v, torch.Tensor) else v
+                        for k, v in vars(self).items()})
+
     def chunk(self, n):
         """At most n parts of equal length, the last one perhaps shorter."""
         return [self[part] for part in data.batches(len(self), math.ceil(len(self) / n))]
 
 
-def train_step(loss_fn, batch, accumulate, params, opt, ema, world, factor, step=1, names=()):
-    """One step of the optimiser on the mean of loss_fn(part) over a batch that passes in `accumulate` parts.
+class Recorded:
+    """The loss of a batch and its backward pass as a CUDA graph: one launch instead of thousands.
 
-    Gradients are averaged over the ranks and clipped to norm 1; learning rates are multiplied by `factor`.
-    Returns the loss of the batch (a tensor, without gradient) and the norm before clipping. BadInput on all
-    ranks, before anything has changed, if one of the two is not finite; step and names of the batch's images
-    are for its message. Reading both is the one wait for a GPU that this costs.
+    A training step of the paper's U-Net launches its kernels more slowly than a large GPU runs them. A batch
+    of new shapes runs a few times and is recorded, later ones are copied into the first one's place.
     """
-    total = 0.0
-    for part in batch.chunk(accumulate):
-        loss = loss_fn(part) * len(part) / len(batch)
+
+    def __init__(self, objective, params):
+        self.objective, self.params, self.graphs = objective, list(params), {}
+
+    def __call__(self, batch, weight):
+        """weight * objective.loss(batch), without gradient; its gradient is added to that of the params."""
+        fields = vars(batch)
+        key = weight, *((k, v.shape if isinstance(v, torch.Tensor) else tuple(v)) for k, v in fields.items())
+        if key not in self.graphs:
+            self.graphs[key] = self._record(batch, weight)
+        graph, own, loss = self.graphs[key]
+        for name, tensor in fields.items():
+            if isinstance(tensor, torch.Tensor):
+                getattr(own, name).copy_(tensor)
+        graph.replay()
+        return loss.clone()
+
+    def _record(self, batch, weight):
+        own = Batch(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
+        before = [None if p.grad is None else p.grad.clone() for p in self.params]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory
+            for _ in range(3):
+                (weight * self.objective.loss(own)).backward()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = weight * self.objective.loss(own)
+            loss.backward()
+        for p, grad in zip(self.params, before, strict=True):
+            if p.grad is not None:
+                p.grad.zero_() if grad is None else p.grad.copy_(grad)
+        return graph, own, loss.detach()
+
+
+class Step:
+    """step(batch, factor): one step of the optimiser on the mean of a loss over the parts of a batch.
+
+    objective: on_device(part of a batch) and loss(what that returns) -> a scalar. params: by name; ema: or
+    None; accumulate: number of parts; record: on a GPU, run loss and gradient as a CUDA graph. Gradients are
+    averaged over the ranks and clipped to norm 1. A loss or gradient that is not finite is BadInput on all
+    ranks: on a CPU before the step, on a GPU, which no step waits for, one step later. settle() must come
+    before anything is saved.
+    """
+
+    def __init__(self, objective, params: dict, opt, ema, world, accumulate=1, record=True):
+        self.objective, self.params, self.opt, self.ema, self.world = objective, params, opt, ema, world
+        self.accumulate, self.unread = accumulate, None
+        record = record and world.device.type == "cuda"
+        self.recorded = Recorded(objective, params.values()) if record else None
+
+    def backward(self, part, weight):
+        """weight times the loss of a part of a batch, without gradient; adds to the gradients."""
+        part = self.objective.on_device(part)
+        if self.recorded is not None:
+            return self.recorded(part, weight)
+        loss = weight * self.objective.loss(part)
         loss.backward()
-        total = total + loss.detach()
-    mean = world.average_gradients(params.values(), total)
-    norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-    found = torch.stack([mean.to(norm), norm]).tolist()
-    if not all(map(math.isfinite, found)):
+        return loss.detach()
+
+    def __call__(self, batch, factor, step=1, names=()):
+        """(loss of the batch, a tensor without gradient, and the norm before clipping).
+
+        factor: of the learning rates; step and names of the batch's images are for the message of BadInput.
+        """
+        parts = batch.chunk(self.accumulate)
+        total = sum(self.backward(part, len(part) / len(batch)) for part in parts)
+        mean = self.world.average_gradients(self.params.values(), total)
+        norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        self.settle()
+        self.unread = self._copy(torch.stack([mean.to(norm), norm])), step, factor, names
+        if norm.device.type == "cpu":
+            self.settle()
+        self.opt.step(factor)
+        self.opt.zero_grad(set_to_none=self.recorded is None)  # a recorded graph adds to these very tensors
+        if self.ema is not None:
+            self.ema.update()
+        return total, norm
+
+    def _copy(self, found):
+        """A function that waits for a tensor on its way to the CPU and returns its values."""
+        if found.device.type == "cpu":
+            return found.tolist
+        on_cpu, there = torch.empty(found.shape, pin_memory=True), torch.cuda.Event()
+        on_cpu.copy_(found, non_blocking=True)
+        there.record()
+        return lambda: there.synchronize() or on_cpu.tolist()
+
+    def settle(self):
+        """BadInput if loss or norm of the last step that was not read yet are not finite."""
+        if self.unread is None:
+            return
+        (read, step, factor, names), self.unread = self.unread, None
+        loss, norm = read()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
         names = list(dict.fromkeys(names))
         shown = ", ".join(names[:12]) + f" and {len(names) - 12} more" * (len(names) > 12)
-        rate = factor * opt.parts[0].defaults["lr"]
-        raise BadInput(f"step {step}: the loss is {found[0]:g} and the norm of its gradient {found[1]:g}, "
-                       f"with learning rate {rate:g} and images {shown}. The step was not taken, what was "
+        rate = factor * self.opt.parts[0].defaults["lr"]
+        raise BadInput(f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, with "
+                       f"learning rate {rate:g} and images {shown}. Nothing of this step was saved, what was "
                        "saved before is whole; give a lower --lr or a longer --warmup, and another --out")
-    opt.step(factor)
-    if ema is not None:
-        ema.update()
-    return total, norm
 
 
 def fixed_noise(n, shape, T):
@@ -227,10 +315,11 @@ def fixed_noise(n, shape, T):
 
 
 @torch.no_grad()
-def validate(loss_fn, held_out, batch_size):
-    """The mean of loss_fn over a held-out batch."""
+def validate(objective, held_out, batch_size):
+    """The mean of an objective's loss over a held-out batch."""
     parts = [held_out[part] for part in data.batches(len(held_out), batch_size)]
-    return sum(loss_fn(part).item() * len(part) for part in parts) / len(held_out)
+    losses = [objective.loss(objective.on_device(part)).item() for part in parts]
+    return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(held_out)
 
 
 class EMA:

@@ -68,6 +68,13 @@ def init_unit_variance_(linear):
     return linear
 
 
+def in_its_dtype(network):
+    """The network as a function whose inputs are cast to its dtype and whose output is float32."""
+    dtype = next(network.parameters()).dtype
+    return lambda x_t, t, *condition: network(
+        x_t.to(dtype), t, *(c.to(dtype) if c.is_floating_point() else c for c in condition)).float()
+
+
 def timestep_embedding(t, dim, freq_shift=1):
     """Sinusoidal embedding of the time (arXiv:1706.03762, Sec. 3.5): t (b,) -> (b, dim).
 
@@ -107,6 +114,18 @@ def coordinate_channels(x):
     return torch.cat([xy, (math.pi * xy).cos()]).expand(len(x), -1, -1, -1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in x's own dtype; the sums are float32 in any case.
+
+    Under autocast torch's own writes float32, which every later layer would read, and cast, again.
+    """
+
+    def forward(self, x):
+        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 class ConvUnit(nn.Module):
     """x + SiLU(dropout(norm(conv(x)))), with a 1x1 convolution of x where the width changes (Medfusion).
 
@@ -116,7 +135,7 @@ class ConvUnit(nn.Module):
     def __init__(self, in_ch, out_ch, groups, dropout=0.0):
         super().__init__()
         self.conv = nn.Conv2d(in_ch, out_ch, 3, padding=1)
-        self.norm = nn.GroupNorm(groups, out_ch)
+        self.norm = GroupNorm(groups, out_ch)
         self.dropout = nn.Dropout2d(dropout)
         self.skip = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
 
@@ -149,7 +168,7 @@ class AdaGroupNorm(nn.Module):
 
     def __init__(self, ch, emb_dim, groups=32):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, ch, affine=False)
+        self.norm = GroupNorm(groups, ch, affine=False)
         self.to_scale_shift = zero_init(nn.Linear(emb_dim, 2 * ch))
 
     def forward(self, x, emb):
@@ -280,9 +299,9 @@ class UNet(nn.Module):
         query = text.mean(dim=1, keepdim=True)  # (b, 1, time_dim); counts padding, as the paper's code does
         pooled = self.text_pool(query, text, text_mask)[:, 0]
         emb = self.time_mlp(timestep_embedding(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
-        if text_mask is not None and text_mask.device.type == "cpu":
+        if text_mask is not None and text_mask.device.type == "cpu" and not torch.compiler.is_compiling():
             # Drop columns that are padding in every row: same result, less work. CPU only, because a GPU
-            # would have to synchronise.
+            # would have to synchronise, and not compiled, because shapes would depend on the batch.
             used = text_mask.any(dim=0)
             text, text_mask = text[:, used], text_mask[:, used]
 

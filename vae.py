@@ -267,11 +267,15 @@ class Objective:
     def __init__(self, vae, perceptual, args, device):
         self.vae, self.perceptual, self.args, self.device = vae, perceptual, args, device
 
+    def on_device(self, batch):
+        return batch.to(self.device)
+
     def terms(self, batch):
-        img, args = batch.img.to(self.device, memory_format=torch.channels_last), self.args
+        args = self.args
+        img = batch.img.contiguous(memory_format=torch.channels_last)
         with training.autocast(self.device):
-            return loss_fn(self.vae, img, batch.eps.to(self.device), self.perceptual,
-                           args.kl_weight, args.l1_weight, args.half_weight)
+            return loss_fn(self.vae, img, batch.eps, self.perceptual, args.kl_weight, args.l1_weight,
+                           args.half_weight)
 
     def loss(self, batch):
         return self.terms(batch)[0]
@@ -282,7 +286,7 @@ class Objective:
         total, terms = 0.0, Counter()
         for part in data.batches(len(images), 16):
             batch = draw_batch(self.vae, images[part], 0.0, torch.Generator().manual_seed(part.start))
-            loss, found = self.terms(batch)
+            loss, found = self.terms(self.on_device(batch))
             total += loss.item() * len(batch) / len(images)
             terms.update({f"val_{k}": v.item() * len(batch) / len(images) for k, v in found.items()})
         return total, dict(terms)
@@ -310,7 +314,10 @@ def train(args):
     opt = Optimizers(params, args.lr, args.muon_lr, ends=("down.0.", "to_img", "to_half"))
     objective = Objective(vae, perceptual, args, device)
 
+    take_step = training.Step(objective, params, opt, None, world, args.accumulate)
+
     def checkpoint(step):
+        take_step.settle()
         vae.eval()
         val_loss, terms = objective.validate(val_images)
         vae.latent_scale.copy_(measure_scale(vae, images[:2000], device))
@@ -331,8 +338,7 @@ def train(args):
         indices = world.batch(len(images), run.batch_size, step, args.seed)
         batch = draw_batch(vae, images[indices], args.jitter, training.seed_step(args.seed, step, world.rank))
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = training.train_step(objective.loss, batch, args.accumulate, params, opt, None, world,
-                                         factor, step + 1, [train_records[i].name for i in indices])
+        loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):

@@ -48,8 +48,9 @@ def step(net, opt, x_0, t, text, mask):
     """One training step of the paper preset without self-conditioning's second pass."""
     alpha_bar = msdm.Diffusion().alpha_bar().float()
     eps = torch.randn_like(x_0)
-    msdm.loss_fn(net, x_0, text, mask, t, eps, alpha_bar, msdm.Diffusion(), "l1", None).backward()
+    msdm.loss_fn(net, x_0, text, mask, t, eps, alpha_bar, msdm.Diffusion(), "l1").backward()
     opt.step(1.0)
+    opt.zero_grad()
 
 
 def unet_rows(b=4):

@@ -12,7 +12,7 @@ import msdm
 import text as texts
 import training
 from command import BadInput
-from files import save_safetensors
+from files import load_safetensors, save_safetensors
 from msdm import MSDM
 from text import TextConfig, TextTransformer, learn_tokenizer
 from unet import UNet, UNetConfig
@@ -75,13 +75,13 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         msdm.load(tmp_path / "absent.safetensors")
 
 
-def loss(m, self_cond=None, error="l2"):
+def loss(m, n_fed=0, error="l2"):
     g = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(4, 4, 8, 8, generator=g), torch.randn(4, 4, 8, 8, generator=g)
     text, mask = m.text([*PROMPTS, ""])
     return msdm.loss_fn(m.unet, x_0, text, mask, torch.tensor([0, 100, 500, 999]), eps,
                         m.diffusion.alpha_bar().float(),
-                        m.diffusion, error, self_cond)
+                        m.diffusion, error, n_fed)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -96,15 +96,15 @@ def test_a_silent_network_has_the_loss_of_its_target(prediction):
     assert loss(m, error="l1").item() == pytest.approx(target.abs().mean().item(), rel=1e-5)
 
 
-def test_self_conditioning_is_fed_where_it_was_drawn_and_carries_no_gradient():
+def test_self_conditioning_is_fed_to_the_first_rows_and_carries_no_gradient():
     m = tiny_msdm()
     fed = []
     m.unet.register_forward_pre_hook(lambda module, args: fed.append(args[4] if len(args) > 4 else None))
-    loss(m, torch.tensor([True, False, True, False])).backward()
+    loss(m, 2).backward()
     assert len(fed) == 2 and fed[0] is None  # a first pass for the estimate, then the pass that learns
     estimate = fed[1]
     assert not estimate.requires_grad
-    assert (estimate[1] == 0).all() and (estimate[3] == 0).all() and estimate[0].abs().sum() > 0
+    assert (estimate[2:] == 0).all() and all(row.abs().sum() > 0 for row in estimate[:2])
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -123,7 +123,7 @@ def test_one_batch_overfits(prediction):
         if prediction == "eps":
             eps = torch.randn(4, 4, 8, 8, generator=g)
         text, mask = m.text([*PROMPTS, ""])
-        error = msdm.loss_fn(unet, x_0, text, mask, t, eps, alpha_bar, m.diffusion, "l2", None)
+        error = msdm.loss_fn(unet, x_0, text, mask, t, eps, alpha_bar, m.diffusion, "l2")
         opt.zero_grad()
         error.backward()
         opt.step()
@@ -202,10 +202,10 @@ def test_validation_twice_is_one_number(folder, tmp_path):
     latents, records = cached_latents(folder, m, tmp_path / "cache")
     captions = msdm.CaptionSampler(records, records, m.text, 1, 0.2)
     objective = msdm.Objective(m, latents, captions, Namespace(loss="l2"))
-    first = training.validate(objective.loss, objective.held_out(latents, records), 2)
+    first = training.validate(objective, objective.held_out(latents, records), 2)
     torch.rand(1)  # what is drawn between two validations plays no part
-    assert training.validate(objective.loss, objective.held_out(latents, records), 2) == first > 0
-    assert training.validate(objective.loss, objective.held_out(latents, records),
+    assert training.validate(objective, objective.held_out(latents, records), 2) == first > 0
+    assert training.validate(objective, objective.held_out(latents, records),
                              3) == pytest.approx(first, rel=1e-5)
 
 
@@ -340,3 +340,16 @@ def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BadInput, match="--text-encoder train"):
         texts.FrozenCLIP(str(tmp_path / "absent"))
+
+
+def test_weights_of_a_text_encoder_that_are_broken_or_pickled_are_one_clear_line(clip, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    weights = clip / "model.safetensors"
+    whole = weights.read_bytes()
+    state = {k: v.clone() for k, v in load_safetensors(weights)[0].items()}  # apart from the file
+    for change in (lambda: weights.write_bytes(whole[:-9]), lambda: weights.write_bytes(b"version https://git"),
+                   lambda: (weights.unlink(), torch.save(state, clip / "pytorch_model.bin"))):
+        change()
+        with pytest.raises(BadInput, match="--text-encoder train") as error:
+            texts.FrozenCLIP(str(clip))
+        assert "\n" not in str(error.value)

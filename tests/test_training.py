@@ -21,6 +21,16 @@ def ranks():
     return training.start("cpu")
 
 
+class Objective:
+    """A loss of a batch on the CPU."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def on_device(self, batch):
+        return batch
+
+
 def test_each_epoch_takes_every_image_once():
     n, b = 10, 4
     seen = torch.cat([training.batch_indices(n, b, step, seed=3) for step in range(5)])
@@ -257,9 +267,9 @@ def test_a_step_that_is_not_finite_is_not_taken(bad):
             return p["p"].sum() + torch.inf
         return p["p"].sqrt().sum()  # a finite loss with an infinite gradient at 0
 
-    with pytest.raises(BadInput, match=r"step 7: .*rate 0.05 and images a.png, b.png. The step was not"):
-        training.train_step(loss_fn, training.Batch(x=torch.zeros(2)), 1, p, opt, ema, ranks(), 0.5, 7,
-                            ["a.png", "b.png", "a.png"])
+    step = training.Step(Objective(loss_fn), p, opt, ema, ranks())
+    with pytest.raises(BadInput, match=r"step 7: .*rate 0.05 and images a.png, b.png. Nothing of this step"):
+        step(training.Batch(x=torch.zeros(2)), 0.5, 7, ["a.png", "b.png", "a.png"])
     assert p["p"].tolist() == [0.0, 1.0] and ema.step == 0 and not opt.parts[0].state
 
 
@@ -278,10 +288,13 @@ run = training.Run(sys.argv[1], {"batch_size": 1}, "data", world)
 p = {"p": torch.nn.Parameter(torch.ones(2))}
 opt = optim.Optimizers(p, 0.1)
 run.restore(p, opt)
+class Objective:
+    on_device = staticmethod(lambda batch: batch)
+    loss = staticmethod(lambda batch: (p["p"].sum() * batch.x).sum())
+step = training.Step(Objective, p, opt, None, world)
 for value in (1.0, float("nan") if world.rank == 1 else 1.0):  # then one has a loss that is not a number
     try:
-        training.train_step(lambda b: (p["p"].sum() * b.x).sum(), training.Batch(x=torch.tensor([value])), 1,
-                            p, opt, None, world, 1.0)
+        step(training.Batch(x=torch.tensor([value])), 1.0)
     except BadInput as error:
         said.append(str(error))
 assert said[0] == ("my own line" if world.rank else "another process of this training stopped; its own line "
@@ -381,11 +394,14 @@ def test_a_step_gets_gradients_of_norm_one_at_most(build, size):
         def step(self, factor):
             self.gradients = [p.grad.clone() for p in params.values()]
 
+        def zero_grad(self, set_to_none):
+            pass
+
     raw = torch.autograd.grad(loss_fn(training.Batch(x=x)), list(params.values()))
     norm = torch.cat([g.flatten() for g in raw]).norm()
     assert (norm > 1) == (size > 1) and all(g.any() for g in raw)
     opt = Optimizer()
-    _, returned = training.train_step(loss_fn, training.Batch(x=x), 1, params, opt, None, ranks(), 1.0)
+    _, returned = training.Step(Objective(loss_fn), params, opt, None, ranks())(training.Batch(x=x), 1.0)
     close(returned, norm, 1e-3 * norm.item())
     for clipped, g in zip(opt.gradients, raw, strict=True):
         torch.testing.assert_close(clipped, g / max(1.0, norm.item()))
@@ -406,8 +422,9 @@ def test_parts_of_a_batch_make_the_step_of_the_whole():
         x = torch.randn(10, 3, generator=g)
         opt = optim.Optimizers(params, 0.1)
         batch = training.Batch(x=x, nothing=None, names=list("abcdefghij"))
-        loss, norm = training.train_step(lambda b: net(b.x).square().mean(), batch, parts, params, opt, None,
-                                         ranks(), 1.0)
+        objective = Objective(lambda b: net(b.x).square().mean())
+        take_step = training.Step(objective, params, opt, None, ranks(), parts)
+        loss, norm = take_step(batch, 1.0)
         return torch.cat([loss.view(1), norm.view(1), *(p.detach().flatten() for p in params.values())])
 
     for parts in (2, 3, 4, 10, 99):
