@@ -4,6 +4,8 @@ Network, augmentation and training are ours. Labels come from a folder's attribu
 else from its prompts.
 """
 
+from command import BadInput
+
 import json
 import math
 import sys
@@ -17,7 +19,6 @@ from tqdm import trange
 
 import data
 import prompts
-from command import BadInput
 from files import file_hash, load_metadata, load_safetensors, save_safetensors, text_hash
 from weights import load_state
 

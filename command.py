@@ -9,7 +9,11 @@ import os
 import re
 import sys
 
-import torch
+# Threads that wait for work sleep instead of spinning: beside another process, spinning ones take its cores
+# and slow both several times. The library reads this when torch loads it, so this module is imported first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 
 class BadInput(ValueError):

@@ -8,6 +8,8 @@ never flipped, and their hue is never jittered.
     python data.py check --data data/phantom
 """
 
+from command import BadInput, run_command
+
 import argparse
 import csv
 import json
@@ -30,7 +32,6 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 import prompts as grammar
-from command import BadInput, run_command
 from files import load_safetensors, replacing, save_safetensors, text_hash
 from pixels import SIDE, look, note, open_image, preprocess
 

@@ -5,6 +5,8 @@ of JSON values. safetensors itself stores strings, in an order that changes from
 one string, under the key "json": the same tensors and metadata give the same bytes.
 """
 
+from command import BadInput, reason
+
 import contextlib
 import errno
 import hashlib
@@ -20,8 +22,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-from command import BadInput, reason
 
 LARGEST_JSON = 64 << 20  # bytes; configs and indices of weights are far smaller
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs has for a large file

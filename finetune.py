@@ -12,6 +12,8 @@ One loop trains all four. Kandinsky's frozen encoders run once, before it; their
     python finetune.py unet3 --model KANDINSKY_3_FOLDER --data data/mine --out runs/unet3
 """
 
+from command import BadInput, fast_dtype, run_command
+
 import argparse
 import math
 import sys
@@ -28,7 +30,6 @@ import data
 import lora
 import msdm
 import training
-from command import BadInput, fast_dtype, run_command
 from diffusion import min_snr_weight, q_sample, target
 from files import cached, file_hash, folder_hash, read_json, text_hash
 from kandinsky import (

@@ -7,6 +7,8 @@ below has its average pooling, its last maximum pooling and its 1,008 classes. I
 torchvision's.
 """
 
+from command import BadInput
+
 import math
 import shutil
 import urllib.request
@@ -18,7 +20,6 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from command import BadInput
 from files import file_hash, read_state, replacing
 
 

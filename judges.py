@@ -13,6 +13,8 @@ memorisation   distance to the nearest training image, of generated and of held-
     python judges.py memorisation --train data/phantom --held-out data/phantom-test --fake out/msdm
 """
 
+from command import BadInput, at_least_one, best_device, run_command
+
 import argparse
 import csv
 import math
@@ -42,7 +44,6 @@ from classifier import (
     truth,
     truth_row,
 )
-from command import BadInput, at_least_one, best_device, run_command
 from files import replacing, write_json
 from inception import Inception
 

@@ -9,6 +9,8 @@ pipelines have the interface of sampler.py: defaults, T, networks, prepare(promp
 seeds, ...). The reference, below, is the published implementation: a seed of it gives the same image here.
 """
 
+from command import BadInput, best_device, reason, to_device
+
 import importlib
 import math
 import sys
@@ -21,7 +23,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from command import BadInput, best_device, reason, to_device
 from data import to_uint8
 from diffusion import SOLVERS, denoiser, guided, sample_in_batches, seeded_noise
 from files import cached, folder_hash, read_json, refuse_pointer, save_or_say, text_hash

@@ -11,13 +11,14 @@ Weights are read from folders in the published layout, under the published names
 is in movq.py.
 """
 
+from command import BadInput
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from command import BadInput
 from unet import AdaGroupNorm, Attention, AttentionBlock, GroupNorm, attention, timestep_embedding
 from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 

@@ -5,6 +5,8 @@ Kvasir-SEG  Jha et al. 2020, MMM: 1,000 images with polyps and a mask of each
     python kvasir.py seg --src Kvasir-SEG --out data/kvasir
 """
 
+from command import BadInput, run_command
+
 import argparse
 import shutil
 from pathlib import Path
@@ -16,7 +18,6 @@ from tqdm import tqdm
 
 import data
 import prompts
-from command import BadInput, run_command
 from files import replacing
 from pixels import FORMATS, orientation
 

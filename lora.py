@@ -13,6 +13,8 @@ DoRA's text norms columns of a d x k matrix, its code and PEFT rows of torch's (
     load(base, "runs/adapter"); merge(base)
 """
 
+from command import BadInput
+
 import argparse
 import math
 import re
@@ -24,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from command import BadInput
 from files import load_safetensors, read_json, save_safetensors, write_json
 from weights import FLOATS, check_finite, listed, rename
 

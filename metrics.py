@@ -16,6 +16,8 @@ into arrays.
     python metrics.py --real data/phantom --fake out/tiny --weights rule  # needs no download: not comparable
 """
 
+from command import BadInput, best_device, run_command
+
 import argparse
 import math
 import sys
@@ -29,7 +31,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command import BadInput, best_device, run_command
 from data import SUFFIXES, batches, check_writable, read_ahead
 from files import cached, load_safetensors, save_safetensors, text_hash, write_json
 from inception import ImageNetInception, Inception

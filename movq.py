@@ -4,6 +4,8 @@ VQGAN  arXiv:2012.09841  Sec. 3.1  encoder, codebook, decoder
 MoVQ   arXiv:2209.09002            a VQGAN whose decoder normalisation is modulated by the latent
 """
 
+from command import BadInput
+
 from functools import partial
 
 import torch
@@ -11,7 +13,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from command import BadInput
 from unet import Attention
 from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 

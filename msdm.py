@@ -9,6 +9,8 @@ Self-conditioning  arXiv:2208.04202  the estimate of x_0 is fed back, without gr
     python msdm.py --data data/mine --init runs/msdm/best.safetensors --out runs/mine  # fine-tunes the U-Net
 """
 
+from command import BadInput, run_command, to_device
+
 import argparse
 from dataclasses import asdict, dataclass, replace
 
@@ -21,7 +23,6 @@ import data
 import training
 import unet as unets
 import vae as vaes
-from command import BadInput, run_command, to_device
 from diffusion import (
     SOLVERS,
     denoiser,

@@ -23,6 +23,8 @@ rendered at. Attributes:
     python phantom.py --out data/phantom --n 2000 --size 64 --seed 0
 """
 
+from command import BadInput, run_command
+
 import argparse
 import json
 import os
@@ -42,7 +44,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import prompts
-from command import BadInput, run_command
 from files import replacing
 
 RADIUS = dict(zip(prompts.SIZES, (0.071, 0.103, 0.146, 0.203), strict=True))

@@ -3,6 +3,8 @@
 Whole images are padded to a square with black, because nothing that a prompt names may be cut off.
 """
 
+from command import BadInput
+
 import hashlib
 import io
 import os
@@ -13,8 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
-
-from command import BadInput
 
 # What is decoded, whatever the ending says. PIL knows more, some by starting other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")

@@ -3,12 +3,13 @@
     python release.py --unet unet.safetensors --vae vae.safetensors --out runs/released.safetensors
 """
 
+from command import BadInput, run_command
+
 import argparse
 from dataclasses import replace
 
 import torch
 
-from command import BadInput, run_command
 from files import read_state, save_safetensors
 from msdm import DIFFUSION, MSDM, TRAINING
 from runfolder import check_finite

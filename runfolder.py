@@ -5,6 +5,8 @@ Nothing else is written over and nothing but our own unfinished files is removed
 is saved.
 """
 
+from command import BadInput
+
 import contextlib
 import errno
 import json
@@ -20,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import BadInput
 from files import (
     load_metadata,
     read_json,

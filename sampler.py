@@ -8,6 +8,8 @@
         --out out/kandinsky3
 """
 
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, run_command
+
 import argparse
 import csv
 import math
@@ -23,7 +25,6 @@ import data
 import kandinsky
 import lora
 import msdm
-from command import BadInput, at_least_one, best_device, check_range, fast_dtype, run_command
 from diffusion import SOLVERS
 from files import (
     create_json,

@@ -5,6 +5,8 @@ ALiBi  arXiv:2108.12409  Sec. 3, a penalty on attention logits that is linear in
 BPE    arXiv:1508.07909  byte-pair encoding
 """
 
+from command import BadInput, reason
+
 import hashlib
 import json
 import re
@@ -14,7 +16,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from command import BadInput, reason
 from files import text_hash
 from unet import attention
 

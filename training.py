@@ -8,6 +8,8 @@ finite is not taken, and the run ends there.
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, to_device
+
 import argparse
 import atexit
 import contextlib
@@ -27,7 +29,6 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from command import BadInput, at_least_one, best_device, check_range, fast_dtype, to_device
 from runfolder import Run, read_run
 
 # Processes

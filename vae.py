@@ -11,6 +11,8 @@ SSIM   Wang et al. 2004, IEEE TIP 13(4), Eqs. 13 and 17
     python vae.py --data data/phantom --out runs/vae
 """
 
+from command import BadInput, run_command
+
 import argparse
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -22,7 +24,6 @@ from torch import nn
 
 import data
 import training
-from command import BadInput, run_command
 from files import file_hash, load_safetensors, read_state
 from optim import Optimizers, lr_factor
 from unet import ResBlock, zero_init

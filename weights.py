@@ -4,6 +4,8 @@ A network with published checkpoints carries a table of rename rules, `published
 every tensor sets one parameter and every parameter is set, or an error lists what does not fit.
 """
 
+from command import BadInput, reason
+
 import contextlib
 import functools
 import math
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from command import BadInput, reason
 from files import load_safetensors, read_json, text_hash
 
 DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kandinsky have in common

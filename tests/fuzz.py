@@ -28,13 +28,14 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from command import run_command  # noqa: E402
+
 import mutations  # noqa: E402
 import numpy as np  # noqa: E402 - the project's root is not on the path of a script in tests/
 import torch  # noqa: E402
 from fuzz_cases import COMMANDS, KINDS, argv_of, build  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from command import run_command  # noqa: E402
 from files import load_safetensors  # noqa: E402
 
 SECONDS, BYTES = 30, 2 << 30

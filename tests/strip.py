@@ -9,12 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import run_command  # noqa: E402
+
 import torch  # noqa: E402 - the project's root is not on the path of a script in tests/
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 import data  # noqa: E402
 import msdm  # noqa: E402
-from command import run_command  # noqa: E402
 from diffusion import ddpm, seeded_noise, timesteps  # noqa: E402
 from files import replacing  # noqa: E402
 

@@ -1,5 +1,7 @@
 """The real commands, end to end, on a few rendered images: render, train, kill, go on, sample."""
 
+from command import run_command
+
 import importlib
 import json
 import re
@@ -19,7 +21,6 @@ import data
 import msdm
 import sampler
 import vae
-from command import run_command
 from files import file_hash, load_metadata, load_safetensors, save_safetensors
 
 

@@ -1,5 +1,7 @@
 """data.py: a folder is read as it stands, every odd image opens, bad input is one clear line."""
 
+from command import BadInput
+
 import csv
 import json
 import os
@@ -21,7 +23,6 @@ from torchvision.transforms.v2 import functional as tv
 
 import data
 import pixels
-from command import BadInput
 from data import Record
 
 ROWS = [("Generate an image containing a polyp.", "a"), ("Generate an image with 2 polyps.", "b.png"),

@@ -1,5 +1,7 @@
 """Adapters of the four networks and sampling with them, on a few rendered images and tiny checkpoints."""
 
+from command import BadInput
+
 import json
 import shutil
 import signal
@@ -20,7 +22,6 @@ import kandinsky
 import lora
 import phantom
 import sampler
-from command import BadInput
 from files import file_hash, folder_hash, load_safetensors, save_safetensors
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 

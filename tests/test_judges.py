@@ -1,5 +1,7 @@
 """judges.py on toy images: a bright disc is a polyp, a green square in the lower left is the box."""
 
+from command import BadInput
+
 import csv
 import json
 import math
@@ -14,7 +16,6 @@ import data
 import judges
 import prompts
 from classifier import COLUMN, SLICE, UNKNOWN, VALUES
-from command import BadInput
 from files import load_safetensors, save_safetensors
 
 SIDE = 32

@@ -1,3 +1,5 @@
+from command import BadInput
+
 import inspect
 import json
 import shutil
@@ -16,7 +18,6 @@ from transformers import (
 import diffusion
 import kandinsky
 import lora
-from command import BadInput
 from data import to_uint8
 from diffusion import guided
 from files import load_safetensors, save_safetensors, write_json

@@ -1,5 +1,7 @@
 """kvasir.py: prompts that are true by the mask, on scenes drawn here and on the real images."""
 
+from command import BadInput
+
 import numpy as np
 import pytest
 from helpers import KVASIR, image, real_images
@@ -8,7 +10,6 @@ from PIL import Image
 import data
 import kvasir
 import prompts
-from command import BadInput
 
 
 def disc(mask, x, y, r):

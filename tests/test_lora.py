@@ -1,3 +1,5 @@
+from command import BadInput
+
 import json
 
 import pytest
@@ -5,7 +7,6 @@ import torch
 from torch import nn
 
 import lora
-from command import BadInput
 from files import load_safetensors, save_safetensors, write_json
 
 VARIANTS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}, {"init": "kaiming"}]

@@ -1,5 +1,7 @@
 """metrics.py against recorded reference outputs and as mathematics: identities, exactness, files, errors."""
 
+from command import BadInput
+
 import json
 import math
 from pathlib import Path
@@ -15,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 import inception
 import metrics
-from command import BadInput
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "metrics"

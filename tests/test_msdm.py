@@ -1,3 +1,5 @@
+from command import BadInput
+
 from argparse import Namespace
 
 import pytest
@@ -11,7 +13,6 @@ import diffusion
 import msdm
 import text as texts
 import training
-from command import BadInput
 from files import load_safetensors, save_safetensors
 from msdm import MSDM
 from text import TextConfig, TextTransformer, learn_tokenizer

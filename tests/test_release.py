@@ -1,5 +1,7 @@
 """The weights of the paper's released code in our networks; its recorded outputs may not be copied here."""
 
+from command import BadInput
+
 import json
 
 import pytest
@@ -10,7 +12,6 @@ from helpers import close, fixture, recorded
 import diffusion
 import msdm
 import release
-from command import BadInput
 from files import load_safetensors, save_safetensors
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig

@@ -1,5 +1,7 @@
 """The command that samples: what it refuses before any weight is loaded, and what its files say."""
 
+from command import BadInput
+
 import json
 import threading
 
@@ -10,7 +12,6 @@ from PIL import Image
 
 import data
 import sampler
-from command import BadInput
 
 PROMPT = "Generate an image with 1 polyp."
 

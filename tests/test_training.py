@@ -1,3 +1,5 @@
+from command import BadInput
+
 import argparse
 import json
 import math
@@ -14,7 +16,6 @@ from helpers import ENV, ROOT, close, torchrun
 import lora
 import optim
 import training
-from command import BadInput
 
 
 def ranks():

@@ -1,3 +1,5 @@
+from command import BadInput
+
 import argparse
 import math
 
@@ -9,7 +11,6 @@ from torchvision.models import vgg16
 
 import data
 import vae as vaes
-from command import BadInput
 from vae import VAE, VAEConfig, kl_divergence, ssim
 
 SMALL = VAEConfig(channels=(8, 16, 16), latent_channels=4)

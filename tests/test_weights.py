@@ -1,3 +1,6 @@
+import command
+from command import BadInput
+
 import argparse
 import errno
 import json
@@ -12,10 +15,8 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-import command
 import files
 import weights
-from command import BadInput
 
 
 def test_tensors_and_typed_metadata_come_back(tmp_path):

@@ -1,3 +1,5 @@
+from command import BadInput
+
 import json
 import subprocess
 import sys
@@ -7,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from command import BadInput
 from files import save_safetensors, write_json
 from weights import (
     base_of,

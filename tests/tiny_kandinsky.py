@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command import BadInput, run_command  # noqa: E402
+
 import torch  # noqa: E402 - the project's root is not on the path of a script in tests/
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
@@ -28,7 +30,6 @@ from transformers import (  # noqa: E402
     T5Tokenizer,
 )
 
-from command import BadInput, run_command  # noqa: E402
 from files import save_safetensors, write_json  # noqa: E402
 from kandinsky import clip_images  # noqa: E402
 from kandinsky_networks import build_decoder, build_prior, build_unet3  # noqa: E402
