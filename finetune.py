@@ -54,7 +54,7 @@ class Task:
     """A network with a fresh adapter, its objective and its validation batch."""
 
     network: nn.Module
-    objective: object  # draw_batch(indices, generator) -> Batch, loss(on_device(part of it)) -> scalar
+    objective: object  # draw_batch(indices, draws) -> Batch, loss(on_device(part of it)) -> scalar
     n_images: int  # training images; draw_batch takes indices below it
     held_out: training.Batch
     names: list  # of the training images
@@ -285,13 +285,14 @@ class Objective:
         self.device, self.dtype, self.prediction = device, dtype, schedule.prediction
         self.alpha_bar = schedule.alpha_bar.float().to(device)
 
-    def draw_batch(self, indices, generator):
+    def draw_batch(self, indices, draws):
         """Everything random of a step: times, noise, and the condition of each image."""
-        images = self.images[indices]
-        t = torch.randint(len(self.alpha_bar), (len(images),), generator=generator)
-        eps = torch.randn(len(images), *self.encoded.x_0.shape[1:], generator=generator)
-        rows = self.encoded.draw(images, self.args.p_uncond, generator)
-        return training.Batch(images=images, t=t, eps=eps, rows=rows)
+        images, t, eps, rows = self.images[indices], [], [], []
+        for image, g in zip(images, draws, strict=True):
+            t.append(torch.randint(len(self.alpha_bar), (), generator=g))
+            eps.append(torch.randn(self.encoded.x_0.shape[1:], generator=g))
+            rows.append(self.encoded.draw(image[None], self.args.p_uncond, g))
+        return training.Batch(images=images, t=torch.stack(t), eps=torch.stack(eps), rows=torch.cat(rows))
 
     def held_out(self, images):
         """A validation batch: each image with its first condition, at fixed times and noise."""
@@ -374,7 +375,7 @@ def readable_images(train, val, args):
 
 
 def inject(network, args):
-    training.seed_step(args.seed, "weights")
+    torch.manual_seed(training.step_seed("weights", args.seed))
     names = lora.inject(network, lora.config_of(args))
     print(f"{args.model}: an adapter of rank {args.rank} on {len(names)} layers", file=sys.stderr)
 
@@ -397,7 +398,7 @@ def train(args):
 
     def validate():
         network.eval()
-        val_loss = training.validate(objective, task.held_out, args.batch_size)
+        val_loss = training.validate(objective, task.held_out, args.batch_size, world)
         network.train()
         return val_loss
 
@@ -413,11 +414,12 @@ def train(args):
         take_step.settle()
         with ema.applied():
             run.keep(step, validate(), save)
-            if task.save_samples and world.is_main:
-                network.eval()
+        run.save_progress(step, params, opt, ema)  # before the samples, which take long
+        if task.save_samples and world.is_main:
+            network.eval()
+            with ema.applied():
                 task.save_samples(step)
-                network.train()
-        run.save_progress(step, params, opt, ema)
+            network.train()
 
     start = run.restore(params, opt, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
@@ -427,8 +429,8 @@ def train(args):
     network.train()
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(task.n_images, run.batch_size, step, args.seed)
-        batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
+        indices, draws = world.batch(task.n_images, run.batch_size, step, args.seed)
+        batch = objective.draw_batch(indices, draws)
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = take_step(batch, factor, step + 1, [task.names[i] for i in indices])
         if (step + 1) % args.log_every == 0:

@@ -325,18 +325,22 @@ class Objective:
         self.alpha_bar = model.diffusion.alpha_bar().float().to(model.device)
         self.scale = model.vae.latent_scale.cpu()
 
-    def draw_batch(self, indices, generator):
-        """Everything random of a step on the images `indices`, as a Batch of CPU tensors and prompts."""
-        b, args = len(indices), self.args
-        view = torch.randint(self.latents.shape[1], (b,), generator=generator)
-        mu, logvar = self.latents[indices, view].float().chunk(2, dim=1)
-        z = reparameterise(mu, logvar, torch.randn(mu.shape, generator=generator))
-        t = sample_timesteps(b, self.model.T, args.logit_normal, generator)
-        eps = torch.randn(z.shape, generator=generator)
-        share = args.p_self_cond * self.model.unet.config.self_conditioning
-        n_fed = int(share * b + float(torch.rand((), generator=generator)))  # share * b on average
-        return training.Batch(x_0=self.scale * z, t=t, eps=eps, fed=[True] * n_fed + [False] * (b - n_fed),
-                              **self.captions.fields(self.captions.draw(indices, generator)))
+    def draw_batch(self, indices, draws):
+        """Everything random of a step on the images `indices`, as a Batch of CPU tensors."""
+        n, views, *shape = self.latents.shape
+        shape[0] //= 2  # mean and log-variance
+        view, noise, t, eps, prompts = [], [], [], [], []
+        for i, g in zip(indices, draws, strict=True):
+            view.append(torch.randint(views, (), generator=g))
+            noise.append(torch.randn(shape, generator=g))
+            t.append(sample_timesteps(1, self.model.T, self.args.logit_normal, g))
+            eps.append(torch.randn(shape, generator=g))
+            prompts += self.captions.draw(i[None], g)
+        mu, logvar = self.latents[indices, torch.stack(view)].float().chunk(2, dim=1)
+        z = reparameterise(mu, logvar, torch.stack(noise))
+        fed = draws.share(self.args.p_self_cond * self.model.unet.config.self_conditioning)
+        return training.Batch(x_0=self.scale * z, t=torch.cat(t), eps=torch.stack(eps), fed=fed,
+                              **self.captions.fields(prompts))
 
     def held_out(self, latents, records):
         """Validation batch: mean latents, first captions, fixed times and noise, no self-conditioning."""
@@ -346,11 +350,11 @@ class Objective:
                               **self.captions.fields([r.prompts[0] for r in records]))
 
     def on_device(self, batch):
-        """A batch, or a part of one, as loss reads it."""
-        return batch.to(self.model.device)
+        """A batch, or a part of one, as loss reads it: the rows that are fed back come first."""
+        return batch.where_first("fed").to(self.model.device)
 
     def loss(self, batch):
-        """loss_fn of a batch from on_device. The rows to feed back are its first ones."""
+        """loss_fn of a batch from on_device."""
         m = self.model
         with training.autocast(m.device):
             text, mask = self.captions.encode(batch)
@@ -416,7 +420,7 @@ def train(args):
     with world.together():
         latents, train_records, val_latents, val_records = both_latents(
             train_records, val_records, args, vae, source, run.folder, world)
-    training.seed_step(args.seed, "weights")
+    torch.manual_seed(training.step_seed("weights", args.seed))
     model = base or new_model(args, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -434,20 +438,21 @@ def train(args):
         take_step.settle()
         model.eval()
         with ema.applied():
-            val_loss = training.validate(objective, held_out, args.batch_size)
+            val_loss = training.validate(objective, held_out, args.batch_size, world)
             meta = model.metadata() | {"step": step, "val_loss": val_loss, "data": fingerprint}
             run.keep(step, val_loss, lambda name: run.save_checkpoint(name, model.tensors(), meta))
-            if world.is_main:
+        run.save_progress(step, params, opt, ema)  # before the samples, which take long
+        if world.is_main:
+            with ema.applied():
                 save_samples(run, step, model, val_records, args)
         model.unet.train()
-        run.save_progress(step, params, opt, ema)
 
     start = run.restore(params, opt, ema)
     model.unet.train()
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(len(train_records), run.batch_size, step, args.seed)
-        batch = objective.draw_batch(indices, training.seed_step(args.seed, step, world.rank))
+        indices, draws = world.batch(len(train_records), run.batch_size, step, args.seed)
+        batch = objective.draw_batch(indices, draws)
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:

@@ -1,10 +1,10 @@
 """What the training scripts share: processes and device, seeds, EMA, the step, the loop, flags.
 
-All randomness of step n comes from (seed, n, rank) alone, and the data order from (seed, epoch). So the state
-of a run is its weights, its optimiser and its step, and a run killed at any moment and resumed ends with the
-same weights, bit for bit on a CPU, as one that was never killed. A run stopped by Ctrl-C or --minutes also
-validates where it stops. Nothing that is not finite is ever saved: a step whose loss or gradient is not
-finite is not taken, and the run ends there.
+All randomness of step n comes from (seed, n, position in the batch) and the data order from (seed, epoch): a
+batch is the same in any number of processes. Dropout alone comes from (seed, n, rank). So the state of a run
+is its weights, its optimiser and its step, and a run killed at any moment and resumed ends with the same
+weights, bit for bit on a CPU, as one that was never killed. A run stopped by Ctrl-C or --minutes also
+validates where it stops. Nothing that is not finite is ever saved.
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
@@ -46,20 +46,13 @@ class Distributed:
     def is_main(self):
         return self.rank == 0
 
-    def average_gradients(self, params, loss=None):
-        """The mean over the ranks, in one collective; returns the mean of a scalar tensor loss, too."""
-        if self.size == 1:
-            return loss
-        params = list(params)
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
-        more = [] if loss is None else [loss.to(grads[0]).view(1)]
-        flat = torch.cat([g.flatten() for g in (*grads, *more)])
-        dist.all_reduce(flat)
-        flat /= self.size
-        parts = flat.split([g.numel() for g in (*grads, *more)])
-        for p, g, part in zip(params, grads, parts, strict=False):
-            p.grad = g.copy_(part.view_as(p))  # into g, whose strides are p's: fused optimisers need that
-        return parts[-1].view(()) if more else None
+    def average(self, x):
+        """The mean over the ranks of a scalar tensor without gradient; all must call it."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+            x /= self.size
+        return x
 
     def mean(self, value: float):
         """The mean of a number over the ranks, on every rank; all must call it."""
@@ -70,9 +63,11 @@ class Distributed:
         return x.item() / self.size
 
     def batch(self, n, batch_size, step, seed):
-        """This rank's (batch_size,) indices below n of a step: its part of one batch_indices."""
-        first = self.rank * batch_size
-        return batch_indices(n, batch_size * self.size, step, seed)[first:first + batch_size]
+        """This rank's part of a step's batch: its (batch_size,) indices below n, and its Draws."""
+        part = range(self.rank * batch_size, (self.rank + 1) * batch_size)
+        torch.manual_seed(step_seed("dropout", seed, step, self.rank))
+        indices = batch_indices(n, batch_size * self.size, step, seed)[part.start:part.stop]
+        return indices, Draws(seed, step, part)
 
     def barrier(self):
         if self.size > 1:
@@ -152,10 +147,21 @@ def step_seed(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def seed_step(*key):
-    """Seed torch's global generator (dropout); return a CPU generator for everything else in a step."""
-    torch.manual_seed(step_seed("global", *key))
-    return torch.Generator().manual_seed(step_seed(*key))
+class Draws:
+    """The random numbers of a batch: iterating gives a CPU generator for each of its images, in order.
+
+    positions: of the images in the batch of all processes.
+    """
+
+    def __init__(self, seed, step, positions):
+        self.seed, self.step, self.positions = seed, step, positions
+
+    def __iter__(self):
+        return (torch.Generator().manual_seed(step_seed(self.seed, self.step, i)) for i in self.positions)
+
+    def share(self, p):
+        """A share p of the images, true or false for each: every second one for p = 0.5."""
+        return [int((i + 1) * p) > int(i * p) for i in self.positions]
 
 
 def batch_indices(n, batch_size, step, seed):
@@ -186,6 +192,13 @@ class Batch:
 
     def __getitem__(self, part):
         return Batch(**{k: None if v is None else v[part] for k, v in vars(self).items()})
+
+    def where_first(self, name):
+        """The same with the rows first in which the field, a list, is true."""
+        field = getattr(self, name)
+        order = sorted(range(len(field)), key=lambda i: not field[i])
+        return Batch(**{k: v[order] if isinstance(v, torch.Tensor) else v and [v[i] for i in order]
+                        for k, v in vars(self).items()})
 
     def to(self, device):
         """Its tensors on a device, copied without waiting for a GPU."""
@@ -239,6 +252,17 @@ class Recorded:
         return graph, own, loss.detach()
 
 
+class Loss(nn.Module):
+    """An objective as a module whose forward is the loss; params: those that are trained, by name."""
+
+    def __init__(self, objective, params: dict):
+        super().__init__()
+        self.objective, self.params = objective, nn.ParameterList(params.values())
+
+    def forward(self, batch):
+        return self.objective.loss(batch)
+
+
 class Step:
     """step(batch, factor): one step of the optimiser on the mean of a loss over the parts of a batch.
 
@@ -252,26 +276,33 @@ class Step:
     def __init__(self, objective, params: dict, opt, ema, world, accumulate=1, record=True):
         self.objective, self.params, self.opt, self.ema, self.world = objective, params, opt, ema, world
         self.accumulate, self.unread = accumulate, None
-        record = record and world.device.type == "cuda"
+        record = record and world.device.type == "cuda" and world.size == 1
         self.recorded = Recorded(objective, params.values()) if record else None
+        self.loss = Loss(objective, params)
+        if world.size > 1:
+            self.loss = nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False)
 
-    def backward(self, part, weight):
-        """weight times the loss of a part of a batch, without gradient; adds to the gradients."""
+    def backward(self, part, weight, is_last):
+        """weight times the loss of a part of a batch, without gradient; adds to the gradients.
+
+        With the last part the ranks average their gradients.
+        """
         part = self.objective.on_device(part)
         if self.recorded is not None:
             return self.recorded(part, weight)
-        loss = weight * self.objective.loss(part)
-        loss.backward()
+        with contextlib.nullcontext() if is_last or self.world.size == 1 else self.loss.no_sync():
+            loss = weight * self.loss(part)
+            loss.backward()
         return loss.detach()
 
     def __call__(self, batch, factor, step=1, names=()):
-        """(loss of the batch, a tensor without gradient, and the norm before clipping).
+        """(loss of this rank's part of the batch, a tensor without gradient, and the norm before clipping).
 
         factor: of the learning rates; step and names of the batch's images are for the message of BadInput.
         """
         parts = batch.chunk(self.accumulate)
-        total = sum(self.backward(part, len(part) / len(batch)) for part in parts)
-        mean = self.world.average_gradients(self.params.values(), total)
+        total = sum(self.backward(part, len(part) / len(batch), part is parts[-1]) for part in parts)
+        mean = self.world.average(total)
         norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         self.settle()
         self.unread = self._copy(torch.stack([mean.to(norm), norm])), step, factor, names
@@ -316,11 +347,12 @@ def fixed_noise(n, shape, T):
 
 
 @torch.no_grad()
-def validate(objective, held_out, batch_size):
-    """The mean of an objective's loss over a held-out batch."""
-    parts = [held_out[part] for part in data.batches(len(held_out), batch_size)]
-    losses = [objective.loss(objective.on_device(part)).item() for part in parts]
-    return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(held_out)
+def validate(objective, held_out, batch_size, world):
+    """The mean of an objective's loss over a held-out batch, whose parts the ranks share."""
+    own = data.batches(len(held_out), batch_size)[world.rank::world.size]
+    parts = [held_out[part] for part in own]
+    total = sum(objective.loss(objective.on_device(part)).item() * len(part) for part in parts)
+    return world.size * world.mean(total) / len(held_out)
 
 
 class EMA:

@@ -254,12 +254,13 @@ def measure_scale(vae, images, device):
     return (square - mean**2).rsqrt().float()
 
 
-def draw_batch(vae, images, jitter, generator):
+def draw_batch(vae, images, jitter, generators):
     """Batch(img, eps) of uint8 images: img in [-1, 1] after the colour jitter, eps the latents' noise."""
-    img = data.to_float(images)
+    img, generators = data.to_float(images), list(generators)
     if jitter:
-        img = data.augment(img, generator, jitter)
-    return training.Batch(img=img, eps=torch.randn(vae.latent_shape(img), generator=generator))
+        img = torch.cat([data.augment(x[None], g, jitter) for x, g in zip(img, generators, strict=True)])
+    shape = vae.latent_shape(img)[1:]
+    return training.Batch(img=img, eps=torch.stack([torch.randn(shape, generator=g) for g in generators]))
 
 
 class Objective:
@@ -286,7 +287,8 @@ class Objective:
         """(loss, its terms) as means over uint8 images, with fixed noise in the latents."""
         total, terms = 0.0, Counter()
         for part in data.batches(len(images), 16):
-            batch = draw_batch(self.vae, images[part], 0.0, torch.Generator().manual_seed(part.start))
+            some = images[part]
+            batch = draw_batch(self.vae, some, 0.0, training.Draws(0, part.start, range(len(some))))
             loss, found = self.terms(self.on_device(batch))
             total += loss.item() * len(batch) / len(images)
             terms.update({f"val_{k}": v.item() * len(batch) / len(images) for k, v in found.items()})
@@ -296,7 +298,7 @@ class Objective:
 def train(args):
     world = training.start(args.device)
     device = world.device
-    training.seed_step(args.seed, "weights")
+    torch.manual_seed(training.step_seed("weights", args.seed))
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
     if args.size % vae.factor or args.size < 32:
         raise BadInput(f"--size {args.size}: expected a multiple of {vae.factor}, 32 or more")
@@ -336,8 +338,8 @@ def train(args):
     start = run.restore(vae.state_dict(), opt)
     loop = training.Loop(f"vae {args.preset}", start, args.steps, world, args.minutes)
     for step in loop:
-        indices = world.batch(len(images), run.batch_size, step, args.seed)
-        batch = draw_batch(vae, images[indices], args.jitter, training.seed_step(args.seed, step, world.rank))
+        indices, draws = world.batch(len(images), run.batch_size, step, args.seed)
+        batch = draw_batch(vae, images[indices], args.jitter, draws)
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
         loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:

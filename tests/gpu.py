@@ -194,8 +194,8 @@ def short_training(device, steps, noise_seed=0):
                               training.Distributed(0, 1, device))
     losses = []
     for i in range(steps):
-        g = torch.Generator().manual_seed(1000 * noise_seed + i)
-        loss, _ = take_step(objective.draw_batch(torch.arange(16) + 16 * (i % 4), g), 1.0)
+        draws = training.Draws(noise_seed, i, range(16))
+        loss, _ = take_step(objective.draw_batch(torch.arange(16) + 16 * (i % 4), draws), 1.0)
         losses.append(loss.item())
     return losses
 

@@ -147,8 +147,7 @@ def stepper(model, sizes, device, compiled=None, record=True, **more):
 
     def step():
         i = next(count)
-        batch = objective.draw_batch(world.batch(n, sizes.batch, i, 0), training.seed_step(0, i))
-        take_step(batch, 1.0)
+        take_step(objective.draw_batch(*world.batch(n, sizes.batch, i, 0)), 1.0)
 
     return step
 
@@ -256,10 +255,10 @@ def stage_vae(report, sizes, device, args):
     take_step = training.Step(objective, params, optim.Optimizers(params, 1e-4), None,
                               training.Distributed(0, 1, device))
     images = torch.randint(0, 256, (256, 3, sizes.image, sizes.image), dtype=torch.uint8)
-    g = torch.Generator().manual_seed(0)
+    draws = training.Draws(0, 0, range(sizes.vae_batch))
 
     def step():
-        take_step(vaes.draw_batch(vae, images[torch.randint(256, (sizes.vae_batch,))], 0.4, g), 1.0)
+        take_step(vaes.draw_batch(vae, images[torch.randint(256, (sizes.vae_batch,))], 0.4, draws), 1.0)
 
     a_step = seconds(step, sizes.steps, device)
     report("vae step", step_ms=1e3 * a_step, images_per_s=sizes.vae_batch / a_step, peak_gib=peak(device))
@@ -303,8 +302,8 @@ def lora_steps(report, name, network, schedule, encoded, b, sizes, device):
 
         def step(count=count):
             i = next(count)
-            batch = objective.draw_batch(torch.arange(b) + i * b % (n - b + 1), training.seed_step(0, i))
-            take_step(batch, 1.0)
+            indices = torch.arange(b) + i * b % (n - b + 1)
+            take_step(objective.draw_batch(indices, training.Draws(0, i, range(b))), 1.0)
 
         peak(device)
         a_step = seconds(step, min(sizes.steps, 6), device, warm_up=2)

@@ -133,14 +133,17 @@ msdm.main(sys.argv[2:])
 def test_two_processes_train_one_model_and_both_end(made, tmp_path):
     (tmp_path / "two.py").write_text(TWO_RANKS)
     torchrun(tmp_path / "two.py", tmp_path, *msdm_flags(made), "--steps", 6, "--save-every", 3, "--device",
-             "cpu",
-             "--out", tmp_path / "run")
+             "cpu", "--log-every", 1, "--out", tmp_path / "run")
     one, other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     assert state["step"] == 6 and all(torch.equal(one[k], v) for k, v in state["weights"].items())
-    steps = [line["step"] for line in log_lines(tmp_path / "run")]
-    assert steps == sorted(steps) and steps[-1] == 6 and steps.count(3) == 1  # one rank writes
+    in_process("msdm.py", *msdm_flags(made), "--steps", 6, "--save-every", 3, "--device", "cpu",
+               "--batch-size", 8, "--log-every", 1, "--accumulate", 2, "--out", tmp_path / "one")
+    for key, expected in (("loss", [1, 2, 3, 4, 5, 6]), ("val_loss", [3, 6])):
+        both, one = ([x for x in log_lines(tmp_path / run) if key in x] for run in ("run", "one"))
+        assert [x["step"] for x in both] == [x["step"] for x in one] == expected  # one rank writes
+        assert [x[key] for x in both] == pytest.approx([x[key] for x in one], rel=3e-6)
     load_safetensors(tmp_path / "run/best.safetensors")
 
 
@@ -193,7 +196,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_last_good_state(mad
              "--steps", 9, "--save-every", 4, "--out", tmp_path]
     done = run("vae.py", *flags, expect=2)
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert len(lines) == 1 and "The step was not taken" in lines[0] and ".png" in lines[0]
+    assert len(lines) == 1 and "Nothing of this step was saved" in lines[0] and ".png" in lines[0]
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(v.isfinite().all() for v in state["weights"].values())
     assert not (tmp_path / "best.safetensors").exists()

@@ -198,16 +198,19 @@ def test_latents_that_are_not_finite_are_not_cached(folder, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+ONE = training.Distributed(0, 1, torch.device("cpu"))
+
+
 def test_validation_twice_is_one_number(folder, tmp_path):
     m = tiny_msdm()
     latents, records = cached_latents(folder, m, tmp_path / "cache")
     captions = msdm.CaptionSampler(records, records, m.text, 1, 0.2)
     objective = msdm.Objective(m, latents, captions, Namespace(loss="l2"))
-    first = training.validate(objective, objective.held_out(latents, records), 2)
+    first = training.validate(objective, objective.held_out(latents, records), 2, ONE)
     torch.rand(1)  # what is drawn between two validations plays no part
-    assert training.validate(objective, objective.held_out(latents, records), 2) == first > 0
-    assert training.validate(objective, objective.held_out(latents, records),
-                             3) == pytest.approx(first, rel=1e-5)
+    assert training.validate(objective, objective.held_out(latents, records), 2, ONE) == first > 0
+    assert training.validate(objective, objective.held_out(latents, records), 3,
+                             ONE) == pytest.approx(first, rel=1e-5)
 
 
 # Text

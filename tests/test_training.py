@@ -46,11 +46,22 @@ def test_the_order_of_a_step_depends_on_its_number_and_the_seed_alone():
     assert not torch.equal(training.batch_indices(100, 9, 5, 0), training.batch_indices(100, 9, 5, 1))
 
 
-def test_seeds_differ_by_step_and_rank_and_repeat():
-    draws = {(s, r): torch.randn(3, generator=training.seed_step(0, s, r)) for s in range(2)
-             for r in range(2)}
-    assert len({tuple(d.tolist()) for d in draws.values()}) == 4
-    assert torch.equal(draws[0, 1], torch.randn(3, generator=training.seed_step(0, 0, 1)))
+def test_the_draws_of_an_image_depend_on_seed_step_and_position_alone():
+    def draw(seed, step, positions):
+        return [tuple(torch.randn(3, generator=g).tolist()) for g in training.Draws(seed, step, positions)]
+
+    whole = draw(0, 0, range(6))
+    assert whole == draw(0, 0, range(2)) + draw(0, 0, range(2, 6))
+    assert len({*whole, *draw(0, 1, range(6)), *draw(1, 0, range(6))}) == 18
+
+
+def test_a_share_of_the_images_is_the_same_in_parts():
+    for p in (0.0, 0.3, 0.5, 1.0):
+        whole = training.Draws(0, 0, range(20)).share(p)
+        assert sum(whole) == 20 * p
+        assert whole == [x for i in range(0, 20, 4) for x in training.Draws(0, 0, range(i, i + 4)).share(p)]
+    batch = training.Batch(x=torch.arange(4), fed=[False, True, False, True], nothing=None).where_first("fed")
+    assert batch.x.tolist() == [1, 3, 0, 2] and batch.fed == [True, True, False, False]
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
@@ -241,7 +252,7 @@ def test_half_an_environment_of_torchrun_is_one_line(monkeypatch, environment):
 @pytest.mark.parametrize("seed", [-1, -2**63, 2**63, 2**64 - 1])
 def test_seeds_of_64_bits_and_negative_ones(seed):
     assert sorted(training.batch_indices(5, 5, 0, seed).tolist()) == list(range(5))
-    training.seed_step(seed, 1)
+    next(iter(training.Draws(seed, 1, range(1))))
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -322,25 +333,16 @@ def test_a_signal_ends_the_loop_after_its_step_and_sets_the_exit_status():
     assert stopped.value.code == 130
 
 
-def test_gradients_are_averaged_over_ranks(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(
+def test_one_rank_is_asked_to_stop_and_both_do(tmp_path):
+    (tmp_path / "two.py").write_text(
         "import torch, training\n"
         "r = training.start('cpu')\n"
-        "p = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]\n"
-        "p[0].grad = torch.full((3,), float(r.rank))\n"
-        "conv = torch.nn.Parameter(torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last))\n"
-        "conv.grad = torch.arange(72.0).view(2, 4, 3, 3).to(memory_format=torch.channels_last) * r.rank\n"
-        "r.average_gradients([*p, conv])\n"
-        "assert (p[0].grad == 0.5).all() and (p[1].grad == 0).all()\n"
-        "assert torch.equal(conv.grad, torch.arange(72.0).view(2, 4, 3, 3) / 2)\n"
-        "assert conv.grad.stride() == conv.stride()\n"
         "loop = training.Loop('two', 0, 9, r)\n"
         "steps = [loop._stop(15, None) if (s, r.rank) == (3, 1) else s for s in loop]\n"
-        "assert len(steps) == 4, steps\n"  # one rank was asked to stop: both do, after the same step
-        "assert r.mean(float(r.rank)) == 0.5\n"
+        "assert len(steps) == 4, steps\n"
+        "assert r.mean(float(r.rank)) == 0.5 and r.average(torch.tensor(float(r.rank))) == 0.5\n"
         "r.barrier()\n")
-    torchrun(script)
+    torchrun(tmp_path / "two.py")
 
 
 def test_numpy_is_not_seeded_behind_the_users_back():
@@ -410,7 +412,7 @@ def test_a_step_gets_gradients_of_norm_one_at_most(build, size):
 
 def test_the_ranks_share_a_batch():
     ranks = [training.Distributed(rank, 3, torch.device("cpu")) for rank in range(3)]
-    shares = [ranks[i].batch(50, 4, step=7, seed=1) for i in range(3)]
+    shares = [ranks[i].batch(50, 4, step=7, seed=1)[0] for i in range(3)]
     assert [len(s) for s in shares] == [4] * 3
     assert torch.equal(torch.cat(shares), training.batch_indices(50, 12, step=7, seed=1))
 
