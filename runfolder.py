@@ -106,6 +106,9 @@ class Run:
         if old["data"] != self.config["data"]:
             raise BadInput(f"{self.folder}: this run was started on other data "
                            f"({old['data']}, now {self.config['data']}); give another --out")
+        if was.get("cosine") and was.get("steps") != now.get("steps") and self.world.is_main:
+            print(f"{self.folder}: the learning rate falls to zero at step {now.get('steps')} from here on, "
+                  f"before at step {was.get('steps')}", file=sys.stderr)
         size = self.world.size
         total = old.get("images_a_step", (was.get("batch_size") or 1) * size)
         if total != self.config["images_a_step"]:

@@ -106,6 +106,12 @@ def test_a_resumed_log_has_no_doubled_and_no_cut_lines(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["loss"] == 0.4
 
 
+def test_another_end_of_the_falling_rate_is_said(tmp_path, capsys):
+    for steps, said in ((5, ""), (5, ""), (9, "falls to zero at step 9 from here on, before at step 5")):
+        training.Run(tmp_path, {"cosine": True, "steps": steps}, "data", ranks())
+        assert said in (found := capsys.readouterr().err) and bool(found) == bool(said)
+
+
 def test_other_settings_or_data_on_the_same_folder_are_refused(tmp_path):
     training.Run(tmp_path, {"lr": 1, "steps": 5}, "data", ranks())
     training.Run(tmp_path, {"lr": 1, "steps": 9}, "data", ranks())  # more steps of the same are fine
