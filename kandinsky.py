@@ -11,11 +11,12 @@ seeds, ...). The reference, below, is the published implementation: a seed of it
 
 from command import BadInput, best_device, reason, to_device
 
+import contextlib
 import importlib
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 
 import torch
@@ -164,6 +165,28 @@ def latent_shape(n, height, width, s):
     return n, 4, math.ceil(height / s**2) * s, math.ceil(width / s**2) * s
 
 
+@contextlib.contextmanager
+def on_device(module, device):
+    """`with on_device(module, device):` has its tensors there, afterwards again where they were, uncopied.
+
+    module None: a part that a pipeline was built without. It must not learn inside.
+    """
+    tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+    home = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = to_device(t.data, device)
+        yield
+    finally:
+        for t, data in zip(tensors, home, strict=True):
+            t.data = data
+
+
+def decode_one_by_one(movq, z):
+    """movq.decode of each latent by itself: a batch takes no more memory than an image."""
+    return torch.cat([movq.decode(one) for one in z.split(1)])
+
+
 def one_image_at_a_time_on_cpu(sample_batch):
     """Float sums depend on the batch size; on a CPU, where batches gain little, compute one by one (ours)."""
     @wraps(sample_batch)
@@ -288,6 +311,7 @@ class Kandinsky22:
     """text -> image embedding -> image. embed and decode reproduce the reference; sample has our seeds."""
 
     defaults = {"steps": 50, "guidance": 4.0, "height": 512, "width": 512}
+    offloaded = None  # the device of offload
 
     def __init__(self, prior, prior_schedule, text_encoder, tokenizer, image_encoder, decoder,
                  decoder_schedule, movq):
@@ -326,7 +350,13 @@ class Kandinsky22:
 
     @property
     def device(self):
-        return self.prior.query.device
+        """Where it computes."""
+        return self.offloaded or self.prior.query.device
+
+    def offload(self, device):
+        """Compute on a device that holds only the part which computes; the others stay where they are."""
+        self.offloaded = best_device(device)
+        return self
 
     def to(self, device):
         for module in (self.prior, self.text_encoder, self.image_encoder, self.decoder, self.movq):
@@ -359,14 +389,21 @@ class Kandinsky22:
         # A negative prompt gets embeddings from the same run; without one a zero image's is used.
         n, negative = len(prompts), [] if negative_prompt is None else [negative_prompt] * len(prompts)
         texts = [*prompts, *negative]
-        null = self.encode_text([negative_prompt or ""] * len(texts))
-        predict = guided(in_its_dtype(self.prior), self.encode_text(texts), null, guidance)
-        shape = (len(texts), self.prior.clip_mean.shape[-1])
-        x_0 = solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device)
-        embeds = self.prior.denormalise(x_0)
+        with on_device(self.text_encoder, self.device):
+            cond, null = (self.encode_text(x) for x in (texts, [negative_prompt or ""] * len(texts)))
+        with on_device(self.prior, self.device):
+            predict = guided(in_its_dtype(self.prior), cond, null, guidance)
+            shape = (len(texts), self.prior.clip_mean.shape[-1])
+            x_0 = solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device)
+            embeds = self.prior.denormalise(x_0)
         if negative:
             return embeds[:n], embeds[n:]
-        return embeds, clip_black(self.image_encoder).expand_as(embeds)
+        return embeds, self._black.to(embeds.device).expand_as(embeds)
+
+    @cached_property
+    def _black(self):
+        with on_device(self.image_encoder, self.device):
+            return clip_black(self.image_encoder)
 
     def decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, generator):
         """Images (b, 3, h, w) in about [-1, 1], not clamped; all noise comes from one generator.
@@ -386,8 +423,10 @@ class Kandinsky22:
             out, cond = predict(x_t, t)  # (b, 8, h, w) each
             return out[:, :4], cond[:, 4:]
 
-        z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device)
-        return self.movq.decode(z)
+        with on_device(self.decoder, self.device):
+            z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device)
+        with on_device(self.movq, self.device):
+            return decode_one_by_one(self.movq, z)
 
     def sample(self, prompts, seed=0, steps=50, guidance=4.0, height=512, width=512, batch_size=16,
                **settings):
@@ -417,6 +456,7 @@ class Kandinsky3:
 
     n_tokens = 128
     defaults = {"steps": 25, "guidance": 4.0, "height": 1024, "width": 1024}
+    offloaded = None  # the device of offload
 
     def __init__(self, unet, schedule, text_folder, text_dtype, text_device, tokenizer, movq):
         self.unet, self.schedule, self.tokenizer, self.movq = unet, schedule, tokenizer, movq
@@ -444,7 +484,16 @@ class Kandinsky3:
 
     @property
     def device(self):
-        return self.unet.conv_in.weight.device
+        """Where it computes."""
+        return self.offloaded or self.unet.conv_in.weight.device
+
+    def offload(self, device):
+        """Compute on a device that holds only the part which computes; the others stay where they are.
+
+        The text encoder does not fit whole: its blocks take turns.
+        """
+        self.offloaded = best_device(device)
+        return self
 
     @property
     def networks(self):
@@ -465,12 +514,18 @@ class Kandinsky3:
         """T5 states of each prompt without padding: a list of (n, d)."""
         from transformers import T5EncoderModel
 
+        device = self.text_device or self.device
         if self.text_encoder is None:
             self.text_encoder = load_transformer(T5EncoderModel, self.text_folder, self.text_dtype)
             check_vocabulary(self.text_folder, self.tokenizer, self.text_encoder)
-            self.text_encoder.to(self.text_device or self.device)
+            if self.offloaded is None:
+                self.text_encoder.to(device)
+            else:
+                t5 = self.text_encoder.encoder
+                for part in (t5.embed_tokens, *t5.block, t5.final_layer_norm):
+                    part.forward = on_device(part, device)(part.forward)
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.n_tokens,
-                                truncation=True, return_tensors="pt").to(self.text_encoder.device)
+                                truncation=True, return_tensors="pt").to(device)
         states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return [s[m.bool()] for s, m in zip(states, tokens.attention_mask, strict=True)]
 
@@ -493,6 +548,8 @@ class Kandinsky3:
         missing = sorted(set(prompts) - self.texts.keys())
         if torch.device(self.text_device or self.device).type == "cpu":
             batch_size = 1  # as one_image_at_a_time_on_cpu
+        elif self.offloaded:
+            batch_size = 128  # for each batch all blocks are copied to the device
         for i in tqdm(range(0, len(missing), batch_size), "T5 states", disable=len(missing) < 100):
             batch = missing[i:i + batch_size]
             self.texts |= {p: states.cpu() for p, states in zip(batch, self.encode_text(batch), strict=True)}
@@ -522,7 +579,10 @@ class Kandinsky3:
         cond, null = ([x.to(self.device) for x in row[:3 if own_length else 2]] for row in (cond, null))
         predict = guided(in_its_dtype(self.unet), cond, null, guidance)
         shape = latent_shape(len(texts), height, width, 8)
-        return self.movq.decode(solve(predict, self.schedule, steps, solver, draw, shape, self.device))
+        with on_device(self.unet, self.device):
+            z = solve(predict, self.schedule, steps, solver, draw, shape, self.device)
+        with on_device(self.movq, self.device):
+            return decode_one_by_one(self.movq, z)
 
     def sample(self, prompts, seed=0, steps=25, guidance=4.0, height=1024, width=1024, batch_size=16,
                **settings):

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from files import load_safetensors
 from msdm import MSDM, Diffusion
@@ -74,6 +77,31 @@ def torchrun(script, *flags, processes=2):
 
 def log_lines(run_folder):
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Memory
+
+
+class PeakMemory(TorchDispatchMode):
+    """peak: the most bytes of tensors made inside that were alive at once, on any device, meta included."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()  # a view shares its tensor's storage and counts once
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage not in self.known:
+                self.known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, n):
+        self.now += n
+        self.peak = max(self.peak, self.now)
 
 
 # Models and images

@@ -1,12 +1,13 @@
 from command import BadInput
 
+import contextlib
 import inspect
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import close, fixture, manifest, recorded
+from helpers import PeakMemory, close, fixture, manifest, recorded
 from transformers import (
     AutoTokenizer,
     CLIPTextModelWithProjection,
@@ -30,7 +31,7 @@ from kandinsky_networks import (
     load_prior,
     load_unet3,
 )
-from movq import build_movq, load_movq
+from movq import MoVQ, build_movq, load_movq
 from weights import rename
 
 BUILDERS = {"kandinsky-2-2-prior": build_prior, "kandinsky-2-2-unet": build_decoder,
@@ -216,6 +217,118 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(version, settings, reques
     alone = [pipeline.sample([p], seed=5 + i, batch_size=1, **settings) for i, p in enumerate(PROMPTS)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together[0], together[1])
+
+
+# Memory
+
+GIB = 2**30
+
+
+def peak_on_meta(name, dtype, call):
+    """GiB of the parameters of a published network and of what is alive at once in call(network)."""
+    with torch.inference_mode(), torch.device("meta"):
+        net = on_meta(name).to(dtype)
+        with PeakMemory() as memory:
+            call(net)
+    return sum(p.numel() * p.element_size() for p in net.parameters()) / GIB, memory.peak / GIB
+
+
+def test_a_batch_is_decoded_in_the_memory_of_an_image():
+    def peak(n, decode):
+        return peak_on_meta("kandinsky-2-2-movq", torch.float32,
+                            lambda movq: decode(movq, torch.empty(n, 4, 64, 64)))[1]
+
+    images = 4 * 3 * 512**2 * 4 / GIB  # bytes of 4 float32 images; twice while they are joined
+    one = peak(1, MoVQ.decode)
+    assert peak(4, kandinsky.decode_one_by_one) <= one + 2 * images < 1.15 * one
+    assert peak(4, MoVQ.decode) > 3.9 * one
+    movq = load_movq(fixture("kandinsky-2-2-decoder") / "movq")
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(kandinsky.decode_one_by_one(movq, z), movq.decode(z), 1e-3)
+
+
+@pytest.mark.parametrize(("name", "dtype", "inputs", "limit"), [
+    ("kandinsky-2-2-prior", torch.bfloat16, [(1280,), (), (1280,), (77, 1280), (77,)], 8),
+    ("kandinsky-2-2-unet", torch.bfloat16, [(4, 64, 64), (), (1280,)], 8),
+    ("kandinsky-2-2-movq", torch.float32, [(4, 64, 64)], 8),
+    ("kandinsky-3-unet", torch.bfloat16, [(4, 128, 128), (), (77, 4096), (77,), ()], 16),
+    ("kandinsky-3-movq", torch.float32, [(4, 128, 128)], 16)])
+def test_an_offloaded_part_fits_with_a_batch_of_16(monkeypatch, name, dtype, inputs, limit):
+    """2.2 at 512 px in 8 GiB, 3.0 at 1,024 px in 16, with guidance. A quarter is left for kernels."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # not for meta
+
+    def call(net):
+        b = 16 if "movq" in name else 32  # guidance asks a network twice
+        first, *rest = (torch.empty(b, *shape, dtype=dtype if shape else torch.int64) for shape in inputs)
+        kandinsky.decode_one_by_one(net, first) if "movq" in name else net(first, *rest)
+
+    weights, alive = peak_on_meta(name, dtype, call)
+    assert alive > 0 and weights + alive < 0.75 * limit
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """A device that is told from the CPU by its copies: the list of the parts' tensors that were copied."""
+    copies = []
+
+    def copy(tensor, device):
+        copies.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(kandinsky, "to_device", copy)
+    return copies
+
+
+def test_a_module_leaves_the_device_as_it_came_even_after_an_error(moved):
+    net = torch.nn.BatchNorm1d(2)
+    before = [t.data_ptr() for t in (*net.parameters(), *net.buffers())]
+    with pytest.raises(KeyError), kandinsky.on_device(net, torch.device("cpu")):
+        assert not {t.data_ptr() for t in (*net.parameters(), *net.buffers())} & set(before)
+        raise KeyError
+    assert [t.data_ptr() for t in (*net.parameters(), *net.buffers())] == before and len(moved) == 5
+
+
+def parts_of(pipeline):
+    """The large parts of a pipeline by name; of 3.0's text encoder, which this loads, the blocks."""
+    if isinstance(pipeline, Kandinsky22):
+        names = "text_encoder", "prior", "image_encoder", "decoder"
+        return {name: getattr(pipeline, name) for name in names}
+    pipeline.encode_text(PROMPTS[:1])
+    blocks = {f"block {i}": block.layer[0] for i, block in enumerate(pipeline.text_encoder.encoder.block)}
+    return blocks | {"unet": pipeline.unet}
+
+
+@pytest.mark.parametrize("settings", [{}, {"negative_prompt": "text"}])
+@pytest.mark.parametrize("version", ["k22", "k3"])
+def test_offloaded_parts_take_turns_on_the_device(version, settings, request, moved, monkeypatch):
+    pipeline = request.getfixturevalue(version)
+    settings = settings | {"steps": 2, "height": 64, "width": 64}
+    vars(pipeline).pop("_black", None)  # which another test may have computed on two threads
+    expected = pipeline.sample(PROMPTS, **settings)
+    vars(pipeline).pop("_black", None)
+    monkeypatch.setattr(pipeline, "texts", {}, raising=False)
+    monkeypatch.setattr(pipeline, "offloaded", None)
+    pipeline.offload("cpu")
+    parts = parts_of(pipeline) | {"movq": pipeline.movq.decoder}
+    home = {name: next(part.parameters()).data_ptr() for name, part in parts.items()}
+    ran = set()
+
+    def look(part, *_):
+        there = [k for k, other in parts.items() if next(other.parameters()).data_ptr() != home[k]]
+        assert len(there) == 1 and parts[there[0]] is part
+        ran.add(there[0])
+
+    hooks = [part.register_forward_pre_hook(look) for part in parts.values()]
+    moved.clear()
+    assert torch.equal(pipeline.sample(PROMPTS, **settings), expected)
+    [hook.remove() for hook in hooks]
+    assert all(next(part.parameters()).data_ptr() == home[name] for name, part in parts.items())
+    turns = {name: sum(t.data_ptr() == home[name] for t in moved) for name in parts}
+    negative = "negative_prompt" in settings  # has an embedding, in 3.0 states, of its own
+    expected = {"image_encoder": int(not negative)} | {f"block {i}": 3 + negative for i in range(2)}
+    assert turns == {name: expected.get(name, 3) for name in parts}  # a batch is an image on a CPU
+    assert ran == {name for name in parts if turns[name]}
 
 
 @torch.no_grad()

@@ -2,16 +2,22 @@
 
 from command import BadInput
 
+import errno
 import json
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
-from helpers import fixture
+from helpers import ENV, ROOT, fixture, tiny_msdm, torchrun
 from PIL import Image
 
 import data
 import sampler
+from files import file_hash, save_safetensors
 
 PROMPT = "Generate an image with 1 polyp."
 
@@ -150,3 +156,126 @@ def test_a_size_that_kandinsky_does_not_generate_is_refused(monkeypatch, tmp_pat
     with pytest.raises(BadInput, match="--text-encoder is not for a folder of Kandinsky"):
         sample(tmp_path / "o", *flags, "--text-encoder", "clip")
     assert not (tmp_path / "o").exists()
+
+
+# Files are written while the next batch is computed
+
+
+def test_a_batch_is_written_while_the_next_one_is_computed(loads, tmp_path, monkeypatch):
+    write, computing, before = data.write_image, threading.Event(), []
+
+    class Slow(Model):
+        def sample_batch(self, prompts, seeds, **request):
+            if seeds[0] == 2:
+                computing.set()
+            return super().sample_batch(prompts, seeds, **request)
+
+    def write_late(path, *args):
+        before.append(computing.wait(timeout=20) and path.name)
+        write(path, *args)
+
+    monkeypatch.setattr(sampler, "find_model", lambda args: (Slow, {"checkpoint": "0123"}))
+    monkeypatch.setattr(data, "write_image", write_late)
+    sample(tmp_path / "o", "-n", 4, "--batch-size", 2)
+    assert set(before[:2]) == {"000000.png", "000001.png"}
+    assert all(sampler.is_whole(tmp_path / "o/images" / f"{i:06d}.png") for i in range(4))
+
+
+def test_a_file_that_cannot_be_written_ends_the_command_and_is_made_by_the_next(loads, tmp_path, monkeypatch):
+    write = data.write_image
+
+    def full(path, *args):
+        if path.name == "000001.png":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, *args)
+
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space left"):
+        m.setattr(data, "write_image", full)
+        sample(tmp_path / "o", "-n", 8, "--batch-size", 2)
+    there = {f.name for f in (tmp_path / "o/images").iterdir()}
+    assert there <= {"000000.png", "000002.png", "000003.png"}  # and no batch after the next one
+    sample(tmp_path / "o", "-n", 8, "--batch-size", 2)
+    sample(tmp_path / "all", "-n", 8)
+    assert hashes_of(tmp_path / "o") == hashes_of(tmp_path / "all")
+
+
+# Several processes
+
+
+def hashes_of(out):
+    return {f.name: file_hash(f) for f in sorted((out / "images").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model, path = tiny_msdm(), tmp_path_factory.mktemp("msdm") / "tiny.safetensors"
+    save_safetensors(path, model.tensors(), model.metadata())
+    return path
+
+
+def test_two_processes_make_the_files_of_one(checkpoint, tmp_path):
+    flags = ["--ckpt", checkpoint, "--prompt", PROMPT, "-n", 8, "--steps", 2, "--batch-size", 2, "--grid"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as under torchrun: the order of sums depends on it
+    sampler.main([*map(str, flags), "--out", str(one)])
+    torch.set_num_threads(threads)
+    shutil.copytree(one, two)
+    (two / "grid.png").unlink()
+    for i in (0, 1, 2, 7):
+        (two / f"images/{i:06d}.png").unlink()
+    kept = (two / "images/000003.png").stat().st_mtime_ns
+    torchrun(ROOT / "sampler.py", *flags, "--out", two)
+    assert len(hashes_of(one)) == 8 and hashes_of(two) == hashes_of(one)
+    assert (two / "images/000003.png").stat().st_mtime_ns == kept
+    for name in ("grid.png", "config.json", "prompts.csv"):
+        assert file_hash(two / name) == file_hash(one / name)
+
+
+FAILS_ON_ONE = """
+import errno, os, sys
+import sampler
+from command import run_command
+if os.environ["RANK"] == "1":
+    def fail(path, *args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    sampler.data.write_image = fail
+run_command(sampler.main)
+"""
+
+
+def test_a_process_that_fails_leaves_no_other_waiting(checkpoint, tmp_path):
+    """Nobody ends the others here, as torchrun would."""
+    (tmp_path / "two.py").write_text(FAILS_ON_ONE)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = ["--ckpt", checkpoint, "--prompt", PROMPT, "-n", 4, "--steps", 2, "--grid"]
+    processes = [subprocess.Popen(
+        [sys.executable, tmp_path / "two.py", *map(str, flags), "--out", tmp_path / "o"],
+        stderr=subprocess.PIPE, text=True,
+        env=ENV | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
+    said = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], said
+    assert "error: another process stopped" in said[0] and "No space left on device" in said[1]
+    assert len(hashes_of(tmp_path / "o")) == 2 and not (tmp_path / "o/grid.png").exists()
+
+
+# --offload
+
+
+@pytest.mark.parametrize("model", [["kandinsky-2-2-prior", "kandinsky-2-2-decoder"], ["kandinsky-3"]])
+def test_offloading_changes_no_image_on_a_cpu(monkeypatch, tmp_path, model):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, *decoder = map(fixture, model)
+    for flag in ("--no-offload", "--offload"):
+        sampler.main([str(x) for x in ("--ckpt", folder, *(("--decoder", *decoder) if decoder else ()), flag,
+                                       "--prompt", PROMPT, "-n", 2, "--steps", 2, "--size", 64, "--device",
+                                       "cpu", "--out", tmp_path / flag)])
+    assert hashes_of(tmp_path / "--offload") == hashes_of(tmp_path / "--no-offload")
+
+
+def test_offloading_is_not_for_msdm(checkpoint, tmp_path):
+    with pytest.raises(BadInput, match="--offload is not for an MSDM checkpoint"):
+        sampler.main(["--ckpt", str(checkpoint), "--prompt", "x", "--offload", "--out", str(tmp_path / "o")])
