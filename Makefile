@@ -68,7 +68,7 @@ metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WE
 # LoRA on Kandinsky: PRIOR, DECODER and KANDINSKY3 are published folders, or their names on the hub. FLAGS go to finetune.py.
 
 LORA22 = --data "$$DATA" --cache "$(OUT22)/cache" $(FLAGS)
-SMALL_SAMPLE = --prompt "$(call prompt,1 polyp)" -n 4 --dtype bfloat16 --batch-size 1 --grid
+SMALL_SAMPLE = --prompt "$(call prompt,1 polyp)" -n 4 --grid
 
 train-kandinsky22: $(INSTALL)  ## LoRA on Kandinsky 2.2's prior and decoder: PRIOR, DECODER, DATA
 	$(call needs,PRIOR,FOLDER or kandinsky-community/kandinsky-2-2-prior)
@@ -83,7 +83,7 @@ train-kandinsky3: $(INSTALL)  ## LoRA on Kandinsky 3's U-Net: KANDINSKY3, DATA
 	$(call needs,KANDINSKY3,FOLDER or kandinsky-community/kandinsky-3)
 	$(call needs,DATA,FOLDER)
 	$(PY) finetune.py unet3 --model "$$KANDINSKY3" --data "$$DATA" --out "$(OUT3)" $(FLAGS)
-	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$(OUT3)/best" --size 256 --text-device cpu $(SMALL_SAMPLE) --out "$(OUT3)/sample"
+	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$(OUT3)/best" --size 256 --offload $(SMALL_SAMPLE) --out "$(OUT3)/sample"
 
 # The same commands on tiny checkpoints of random weights: they prove the machinery and sample noise.
 
