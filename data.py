@@ -15,9 +15,8 @@ import csv
 import json
 import os
 import sys
-import time
 import unicodedata
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +25,20 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from scipy.ndimage import gaussian_filter
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 import prompts as grammar
-from files import load_safetensors, replacing, save_safetensors, text_hash
-from pixels import SIDE, look, note, open_image, preprocess
+from duplicates import near_duplicates, seen
+from files import replacing, text_hash
+from pixels import batches as batches
+from pixels import in_parallel, note, open_image, preprocess
+from pixels import read_ahead as read_ahead
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 FILE_COLUMNS = ("filename", "file_name", "image")
 MAX_UNREADABLE = 0.05
+IN_MEMORY = 2 << 30     # bytes of decoded images that a training keeps
 CLIP_WORDS = 62         # CLIP is given 64 tokens, two of them mark start and end; a word is one token or more
 
 @dataclass
@@ -91,7 +91,7 @@ def files_in(folder):
     """The images of a folder, sorted. No folders and pipes: a pipe would be waited for. A link to nowhere is
     one of them, an unreadable one."""
     named = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    return sorted(p for p in named if p.is_file() or not p.exists())
+    return sorted((p for p in named if p.is_file() or not p.exists()), key=lambda p: p.name)
 
 
 def other_files(folder) -> set[str]:
@@ -123,8 +123,7 @@ def image_finder(folder):
         by_stem.setdefault(plain_name(path.stem), []).append(path)
 
     def find(name):
-        plain = plain_name(name)
-        paths = by_name.get(name) or by_spelling.get(plain) or by_stem.get(plain, [])
+        paths = by_name.get(name) or by_spelling.get(plain := plain_name(name)) or by_stem.get(plain, [])
         if len(paths) > 1:
             raise BadInput(f"{paths[0].parent}: {name!r} may be any of {', '.join(p.name for p in paths)}")
         return paths[0] if paths else None
@@ -188,6 +187,8 @@ def csv_fields(path, row, line, delimiter):
     """
     if len(line) > 100_000:
         raise BadInput(f"{path}, row {row}: a line of {len(line)} characters, expected a prompt and a name")
+    if '"' not in line:
+        return [field.strip() for field in line.split(delimiter)]
     try:
         parsed = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
         return [field.strip() for field in next(parsed, [])]
@@ -248,7 +249,7 @@ def read_jsonl(path):
 
 
 def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, total=None):
-    """(uint8 tensor (n, 3, size, size), the records that could be read), in order.
+    """(uint8 tensor (n, 3, size, size), the records that could be read), in order; all in memory.
 
     Unreadable images are named on stderr and left out; more than 5 % of them are an error, with
     on_bad="raise" one is. total: the number of images that the 5 % are of, where records are a part of them,
@@ -258,16 +259,25 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, tot
 
     def load(i):
         try:
-            img = open_image(records[i].path)
+            out[i] = read_image(records[i].path, size, crop, (seed, i))
         except BadInput as error:
             if on_bad == "raise":
                 raise
             return str(error)
-        pixels = preprocess(img, size, crop, np.random.default_rng((seed, i)) if crop == "random" else None)
-        out[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         return None
 
-    errors = in_parallel(load, len(records), workers, "reading images")
+    keep = leave_out(records, in_parallel(load, len(records), workers, "reading images"), total)
+    return (out, list(records)) if len(keep) == len(records) else (out[keep], [records[i] for i in keep])
+
+
+def read_image(path, size, crop="pad", seed=()):
+    """uint8 tensor (3, size, size) of an image file; a random crop is drawn from the seed."""
+    rng = np.random.default_rng(seed) if crop == "random" else None
+    return torch.from_numpy(preprocess(open_image(path), size, crop, rng)).permute(2, 0, 1)
+
+
+def leave_out(records, errors, total=None):
+    """The indices of the records without an error, None or text, after naming the others; see load_images."""
     bad = [e for e in errors if e]
     for error in bad:
         tqdm.write(f"skipped {error}", file=sys.stderr)
@@ -276,11 +286,56 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, tot
         raise BadInput(f"{records[0].path.parent}: {len(bad)} of {len(records)} images cannot be read, more "
                        f"than 5 %{f' of {total}' * (total != len(records))}; "
                        f"the first: {bad[0]}")
-    if not bad:
-        return out, list(records)
-    print(f"skipped {len(bad)} unreadable images of {len(records)}", file=sys.stderr)
-    keep = [i for i, e in enumerate(errors) if not e]
-    return out[keep], [records[i] for i in keep]
+    if bad:
+        print(f"skipped {len(bad)} unreadable images of {len(records)}", file=sys.stderr)
+    return [i for i, e in enumerate(errors) if not e]
+
+
+class Images:
+    """images[indices] -> uint8 (b, 3, size, size), decoded by threads when they are asked for.
+
+    The images are those of load_images, but only as many of them stay in memory as there is room for; the
+    others are read again each time. Which cannot be read is known without reading them (duplicates.seen), and
+    `records` are those that can. An image that has become unreadable since is BadInput. keep: whether images
+    may stay in memory, IN_MEMORY bytes for all those that total counts.
+    """
+
+    def __init__(self, records, size, crop="pad", workers=2, seed=0, total=None, keep=True):
+        errors = [why for _, _, why in seen(records, workers)]
+        self.indices = leave_out(records, errors, total)    # in records: a random crop depends on it
+        self.records = [records[i] for i in self.indices]
+        self.size, self.crop, self.seed = size, crop, seed
+        self.room = keep * IN_MEMORY // (3 * size ** 2) * len(records) // (total or len(records) or 1)
+        self.kept, self.begun, self.pool = {}, {}, ThreadPoolExecutor(workers)
+
+    def __len__(self):
+        return len(self.records)
+
+    def begin(self, indices):
+        """Begin to decode images that will be asked for next."""
+        for i in indices:
+            if i not in self.kept and i not in self.begun:
+                self.begun[i] = self.pool.submit(self._read, i)
+
+    def _read(self, i):
+        return read_image(self.records[i].path, self.size, self.crop, (self.seed, self.indices[i]))
+
+    def __getitem__(self, which):
+        """The images of a slice, or of a tensor or list of indices."""
+        indices = range(len(self))[which] if isinstance(which, slice) else torch.as_tensor(which).tolist()
+        out = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        self.begin(indices)
+        for k, i in enumerate(indices):
+            out[k] = self._take(i)
+        return out
+
+    def _take(self, i):
+        if i in self.kept:
+            return self.kept[i]
+        img = self.begun.pop(i).result() if i in self.begun else self._read(i)      # the same one again
+        if len(self.kept) < self.room:
+            self.kept[i] = img
+        return img
 
 
 def to_float(images):
@@ -294,34 +349,6 @@ def to_uint8(img):
         raise BadInput("an image with values that are not finite: another --dtype (bfloat16, float32), a "
                        "smaller --guidance or another adapter")
     return ((img.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-def batches(n, size):
-    """Slices of range(n), `size` long, the last one perhaps shorter."""
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-def in_parallel(function, n, workers, what):
-    """[function(0), ..., function(n - 1)] on threads. A bar appears after 2 s."""
-    done = read_ahead(function, n, workers, ahead=4 * max(1, workers))
-    return list(tqdm(done, what, n, unit="image", delay=2, leave=False, disable=None))
-
-
-def read_ahead(function, n, workers, ahead):
-    """function(0), ..., function(n - 1) in order, computed on threads, at most `ahead` before they are due.
-
-    PIL releases the GIL, and threads need no shared memory, of which containers have little.
-    """
-    pool, waiting = ThreadPoolExecutor(max(1, workers)), deque()
-    try:
-        for i in range(n):
-            waiting.append(pool.submit(function, i))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # Training
@@ -387,106 +414,6 @@ def hold_out(units, n_val, most):
     return taken
 
 
-def near_duplicates(records, workers=2) -> list[list[int]]:
-    """Groups of indices of images that show the same or nearly the same frame.
-
-    Rule and threshold are ours: two images belong together when their 24x24 grey thumbnails, high-passed by
-    subtracting a blur of 1.5 thumbnail pixels, have a correlation above 0.95. In Kvasir-SEG true pairs have
-    at least 0.969, all others at most 0.868; 4,000 phantoms at most 0.941.
-    """
-    first, detail = {}, []                                  # of equal thumbnails, one image stands for all
-    thumbnails = np.stack([t for _, t in seen(records, workers)]) if records else np.empty((0, SIDE, SIDE))
-    same = [first.setdefault(t.tobytes(), i) for i, t in enumerate(thumbnails)]
-    for part in batches(len(thumbnails), 4096):
-        x = thumbnails[part].astype(np.float32)
-        x = torch.from_numpy(x - gaussian_filter(x, (0, 1.5, 1.5))).flatten(1)
-        x = x - x.mean(1, keepdim=True)
-        norm = x.norm(dim=1, keepdim=True)
-        index = torch.arange(part.start, part.stop)
-        keep = (norm[:, 0] > SIDE) & (torch.tensor(same[part]) == index)
-        detail.append((x[keep] / norm[keep], index[keep]))  # under one grey level of detail: of none
-    if not detail:
-        return []
-    x, index = (torch.cat(parts) for parts in zip(*detail, strict=True))
-    n, place = len(x), {int(i): k for k, i in enumerate(index)}
-    group = torch.arange(n)                                 # of each, one of its members stands for it
-    strips = batches(n, max(64, min(1024, 2 ** 22 // max(n, 1))))           # at most 50 MB at a time
-    for part in tqdm(strips, "near-duplicates", unit="strip", delay=2, leave=False, disable=None):
-        close = (x[part] @ x[part.start:].T > 0.95) & (group[part, None] != group[part.start:])
-        if close.any():
-            links = torch.cat([close.nonzero() + part.start, torch.stack([torch.arange(n), group], 1)]).T
-            graph = coo_array((np.ones(links.shape[1], bool), links.numpy()), shape=(n, n))
-            label = connected_components(graph, directed=False)[1]
-            group = torch.from_numpy(np.unique(label, return_index=True)[1][label])
-    groups = {}
-    for i, k in enumerate(same):
-        if k in place:
-            groups.setdefault(int(group[place[k]]), []).append(i)
-    return [g for g in groups.values() if len(g) > 1]
-
-
-remembered = {}
-
-
-def seen(records, workers=2) -> list[tuple]:
-    """(SHA-256 as 32 bytes, grey thumbnail, uint8 (24, 24)) of each image file; zeros where it is unreadable.
-
-    They are kept in .features beside the data folder, by name, size and times, so that only new files are
-    read. Where that cannot be written, a note says so, and they are computed anew in each process.
-    """
-    if not records:
-        return []
-    folder = records[0].path.absolute().parent
-    folder = folder.parent if folder.name == "images" else folder
-    file = folder.parent / ".features" / f"{folder.name}.seen.safetensors"
-    if file not in remembered:
-        remembered[file] = read_seen(file)
-    known, keys = remembered[file], [stat_key(r.path) for r in records]
-    new = [i for i, r in enumerate(records) if keys[i] is None or known.get(r.name, [None])[0] != keys[i]]
-    found = in_parallel(lambda i: look(records[new[i]].path), len(new), workers, "comparing images")
-    out = dict(zip(new, found, strict=True))
-    keep = {records[i].name: (keys[i], *out[i]) for i in new if keys[i] and any(out[i][0])}
-    if keep:
-        known |= keep
-        write_seen(file, known)
-    return [out[i] if i in out else known[r.name][1:] for i, r in enumerate(records)]
-
-
-def stat_key(path):
-    """Size in bytes and times in ns of a file: a copy may keep the time of the file that it replaces, but not
-    the time of change. None where there is no such file, or where it is so new that another change might
-    have the same time."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    new = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < 50_000_000
-    return None if new else (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-def read_seen(file) -> dict:
-    """{name: (size and times, hash, thumbnail)} of such a file; empty where there is none or another's."""
-    try:
-        tensors, metadata = load_safetensors(file)
-        hashes, thumbnails = tensors["hash"].numpy(), tensors["thumbnail"].numpy()
-        if hashes.shape[1:] != (32,) or thumbnails.shape[1:] != (SIDE, SIDE):
-            return {}
-        return {name: (tuple(key), h.astype(np.uint8).tobytes(), t.astype(np.uint8))
-                for (name, *key), h, t in zip(metadata["files"], hashes, thumbnails, strict=True)}
-    except (BadInput, OSError, KeyError, TypeError, ValueError):
-        return {}
-
-
-def write_seen(file, known):
-    hashes = np.stack([np.frombuffer(h, np.uint8) for _, h, _ in known.values()])
-    tensors = {"hash": torch.from_numpy(hashes),
-               "thumbnail": torch.from_numpy(np.stack([t for _, _, t in known.values()]))}
-    try:
-        save_safetensors(file, tensors, {"files": [[name, *v[0]] for name, v in known.items()]})
-    except (OSError, ValueError) as error:                  # ValueError: a folder's name that is not UTF-8
-        note(file, "cache", f"not cached: {file}: {getattr(error, 'strerror', None) or error}")
-
-
 def augment(images, generator, amount=0.4):
     """Brightness, then contrast, by factors in [1 - amount, 1 + amount] drawn for each image; training only.
 
@@ -519,7 +446,7 @@ def fingerprint(records) -> str:
 def image_fingerprint(records) -> str:
     """Hash of names and contents of the images alone: what is computed from pixels depends on it."""
     contents = seen(records)
-    return text_hash(*(json.dumps([r.name, h.hex()]) for r, (h, _) in zip(records, contents, strict=True)))
+    return text_hash(*(json.dumps([r.name, h.hex()]) for r, (h, *_) in zip(records, contents, strict=True)))
 
 
 # Writing
@@ -593,7 +520,7 @@ def check(folder, captions, workers):
     unreadable = [error for error in found if isinstance(error, str)]
     sizes = Counter(f"{size[0]}x{size[1]}" for size in found if not isinstance(size, str))
     same = {}
-    for record, (h, _), size in zip(records, seen(records, workers), found, strict=True):
+    for record, (h, *_), size in zip(records, seen(records, workers), found, strict=True):
         if not isinstance(size, str):
             same.setdefault(h, []).append(record.name)
     same = [" = ".join(names) for names in same.values() if len(names) > 1]

@@ -10,12 +10,17 @@ from command import BadInput, reason
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
+import mmap
 import os
 import pickle
 import re
 import secrets
 import sys
+import tempfile
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -263,3 +268,87 @@ def save_or_say(path, tensors, metadata=None):
         save_safetensors(path, tensors, metadata)
     except OSError as error:
         print(f"not cached: {path}: {error.strerror}", file=sys.stderr)
+
+
+class Mapped(torch.Tensor):
+    """A tensor that lies in a file: what is indexed is read, and given back to the system before long.
+
+    Without that a process would in time hold as much of a file as fits into memory.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    HELD = 64 << 20  # bytes that are indexed until memory is given back
+
+    def __getitem__(self, key):
+        if self.read > self.HELD:
+            _advise(self.mapping, "MADV_DONTNEED")
+            self.read = 0
+        out = super().__getitem__(key)
+        self.read += out.nbytes
+        return out
+
+
+def _advise(mapping, what):
+    if hasattr(mapping, "madvise"):  # not on Windows
+        mapping.madvise(getattr(mmap, what))
+
+
+DTYPES = {torch.float16: "F16", torch.float32: "F32"}  # as safetensors names them
+
+
+def cached_rows(path, name, n, make, metadata, write=True) -> Mapped:
+    """The tensor of n rows in a safetensors file with this metadata; where there is none, it is made.
+
+    make() -> iterator of parts of it, which are written one by one: the whole is never in memory. Where the
+    file cannot be written, an unnamed temporary one holds them as long as this process needs them. Unlike in
+    cached, the values of a file that is there are not read: what makes them has checked them.
+    """
+    with contextlib.suppress(BadInput, OSError, KeyError), open(path, "rb") as f:
+        if load_metadata(path) == metadata and len(rows := map_rows(f, name)) == n:
+            return rows
+    if write:
+        try:
+            parts = make()
+            parts = itertools.chain([next(parts)], parts)  # an error in the first leaves not even a folder
+            with replacing(path) as tmp, open(tmp, "wb") as f:
+                write_rows(f, name, n, parts, metadata)
+            with open(path, "rb") as f:
+                return map_rows(f, name)
+        except OSError as error:
+            print(f"not cached: {path}: {error.strerror}", file=sys.stderr)
+    with tempfile.TemporaryFile() as f:
+        write_rows(f, name, n, make(), metadata)
+        f.flush()
+        return map_rows(f, name)
+
+
+def write_rows(f, name, n, parts, metadata):
+    """Write a safetensors file of one tensor of n rows, which an iterator gives in parts."""
+    part = next(parts)
+    shape = (n, *part.shape[1:])
+    entry = {"dtype": DTYPES[part.dtype], "shape": shape,
+             "data_offsets": [0, math.prod(shape) * part.element_size()]}
+    header = json.dumps({"__metadata__": {"json": json.dumps(metadata)}, name: entry},
+                        separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    f.write(len(header).to_bytes(8, "little") + header)
+    for some in itertools.chain([part], parts):
+        f.write(some.contiguous().numpy().data)
+
+
+def map_rows(f, name) -> Mapped:
+    """The tensor of this name in an open, whole safetensors file."""
+    f.seek(0)
+    start = 8 + int.from_bytes(f.read(8), "little")
+    entry = json.loads(f.read(start - 8))[name]
+    first, last = entry["data_offsets"]
+    dtype = {v: k for k, v in DTYPES.items()}[entry["dtype"]]
+    mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # a writable one must be smaller than memory
+    _advise(mapping, "MADV_RANDOM")  # or megabytes around each row would be read with it
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it written to
+        values = torch.frombuffer(mapping, dtype=dtype, offset=start + first,
+                                  count=(last - first) // dtype.itemsize)
+    rows = values.view(entry["shape"]).as_subclass(Mapped)
+    rows.mapping, rows.read = mapping, 0
+    return rows

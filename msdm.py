@@ -13,6 +13,7 @@ from command import BadInput, run_command, to_device
 
 import argparse
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from diffusion import (
     timesteps,
     to_x_0,
 )
-from files import cached, file_hash, load_metadata, load_safetensors, text_hash
+from files import cached_rows, file_hash, load_metadata, load_safetensors, text_hash
 from optim import Optimizers, lr_factor
 from runfolder import check_finite
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
@@ -126,8 +127,8 @@ class MSDM(nn.Module):
             return to_device(draw(len(prompts), *self.latent_shape()), self.device)
 
         times = timesteps(self.T, steps)
-        return data.to_uint8(self.vae.decode(
-            SOLVERS[solver](denoise, noise(), self.diffusion.alpha_bar(), times, noise)))
+        z = SOLVERS[solver](denoise, noise(), self.diffusion.alpha_bar(), times, noise)
+        return torch.cat([data.to_uint8(self.vae.decode(part)) for part in z.split(16)])  # bounds the memory
 
     def tensors(self):
         """The tensors of a checkpoint, without a public text encoder, which the metadata names."""
@@ -177,6 +178,7 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
     else:
         load_state(text, part("text."), path)
     model = MSDM(unet, vae, text, diffusion, preset)
+    model.unet.base = {"name": Path(path).name, "hash": file_hash(path)}  # what an adapter belongs to
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -219,45 +221,52 @@ TRAINING["demo"] = TRAINING["tiny"] | {"steps": 450, "warmup": 20, "ema_decay": 
 
 
 def encode_latents(vae, images, jitter, views, seed, device):
-    """(n, views, 2 c, h, w) float16: latent mean and log-variance of each image's `views` jittered copies."""
-    out = []
-    for part in tqdm(data.batches(len(images), 32), "latents", unit="batch", disable=len(images) < 500):
+    """Latent mean and log-variance of each image's `views` jittered copies, for 32 images at a time:
+    (b, views, 2 c, h, w) float16. images: data.Images."""
+    parts = data.batches(len(images), 32)
+    for part in tqdm(parts, "latents", unit="batch", disable=len(images) < 500):
+        pixels, out = images[part], []
+        images.begin(range(len(images))[part.stop:part.stop + 32])
         for view in range(views):
             g = torch.Generator().manual_seed(training.step_seed("view", seed, part.start, view))
-            img = data.to_float(images[part])
+            img = data.to_float(pixels)
             if jitter:
                 img = data.augment(img, g, jitter)
             with torch.no_grad():
                 moments = torch.cat(vae.moments(img.to(device)), dim=1)
             out.append(moments.half().cpu())
-    return torch.cat([torch.stack(out[i:i + views], dim=1) for i in range(0, len(out), views)])
+        yield torch.stack(out, dim=1)
 
 
 def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1, total=None):
-    """(encode_latents of the images of records, the records that could be read), cached in the folder.
+    """(encode_latents of the images of records, the records that could be read), kept in a file of folder.
 
-    sources: hashes that are part of the cache's key, as of the VAE; the images' own is added, captions play
-    no part. total: see data.load_images.
+    The tensor (n, views, 2 c, h, w) is a map of that file. sources: hashes that are part of its key, as of
+    the VAE; the images' own is added, captions play no part. total: see data.load_images.
     """
+    images = data.Images(records, args.size, args.crop, total=total, keep=False)
+
     def make():
-        images, kept = data.load_images(records, args.size, args.crop, total=total)
-        moments = encode_latents(vae, images, jitter, views, args.seed, world.device)
-        check_finite({"latents": moments}, f"{records[0].path.parent}, encoded by the autoencoder")
-        return {"moments": moments}, {"names": [r.name for r in kept]}
+        for part in encode_latents(vae, images, jitter, views, args.seed, world.device):
+            check_finite({"latents": part}, f"{records[0].path.parent}, encoded by the autoencoder")
+            yield part
 
     key = text_hash(*sources, data.image_fingerprint(records), args.size, args.crop, jitter, views, args.seed,
                     *(r.name for r in records))
-    tensors, meta = cached(folder / f"latents-{key}.safetensors", make, world.is_main)
-    names = set(meta["names"])
-    return tensors["moments"], [r for r in records if r.name in names]
+    names = {"names": [r.name for r in images.records]}
+    file = folder / f"latents-{key}.safetensors"
+    return cached_rows(file, "moments", len(images), make, names, world.is_main), images.records
 
 
 class CaptionSampler:
     """Picks captions for a batch of images and encodes them.
 
     An image's caption joins up to `join` of its prompts, or is empty with probability p_uncond. The output of
-    a frozen encoder is cached, unless captions are joined.
+    a frozen encoder is cached, unless captions are joined or it takes more than CACHE bytes, as CLIP ViT-L's
+    for 5,400 prompts: then they are encoded with each batch, which adds a twentieth to the work of a step.
     """
+
+    CACHE = 1 << 30
 
     def __init__(self, records, val_records, text, join, p_uncond):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
@@ -265,6 +274,8 @@ class CaptionSampler:
         warn_of_cut(text, (" ".join(sorted(r.prompts, key=len)[-join:]) for r in (*records, *val_records)))
         if join == 1 and not any(p.requires_grad for p in text.parameters()):
             distinct = sorted({p for r in (*records, *val_records) for p in r.prompts} | {""})
+            if len(distinct) * text([""])[0].nbytes > self.CACHE:
+                return
             self.rows = {p: i for i, p in enumerate(distinct)}
             parts = tqdm(data.batches(len(distinct), 64), "text states", disable=len(distinct) < 512)
             self.cache = [torch.cat(p) for p in zip(*(text(distinct[part]) for part in parts), strict=True)]

@@ -5,11 +5,14 @@ Whole images are padded to a square with black, because nothing that a prompt na
 
 from command import BadInput
 
+import contextlib
 import hashlib
 import io
 import os
 import sys
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,40 +39,59 @@ def open_image(path) -> Image.Image:
 
     BadInput, in one line, for whatever cannot be read.
     """
+    with said_in_one_line(path), opened(path) as img:
+        check_pixels(img)
+        deep = is_deep(img)
+        img.load()
+        turn = TURNS.get(orientation(img))
+        img = to_rgb(img.transpose(turn) if turn is not None else img, path)
+        check_depth(img, deep, path)
+    return img
+
+
+@contextlib.contextmanager
+def said_in_one_line(path):
+    """BadInput for whatever a decoder raises on the file's bytes."""
     try:
-        with opened(path) as img:
-            check_pixels(img)
-            deep = img.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in img.tile)
-            img.load()
-            turn = TURNS.get(orientation(img))
-            img = to_rgb(img.transpose(turn) if turn is not None else img, path)
+        yield
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image") from None
     except UnidentifiedImageError:
         why = "is no JPEG or PNG" if Path(path).stat().st_size else "is empty"
         raise BadInput(f"{path}: the file {why}") from None
-    except MemoryError:
+    except (MemoryError, BadInput):
         raise
     except Exception as error:                              # a decoder raises anything on bytes of any kind
         raise BadInput(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
-    if deep and max(high for _, high in img.getextrema()) < 64:             # PIL keeps the high bytes alone
-        raise BadInput(f"{path}: colours of 16 bits, of which fewer are used, would be nearly black; "
-                       "expected 8 bits a colour")
-    return img
 
 
-def opened(path):
-    """PIL's image of a file; of a JPEG whose EXIF stops PIL already here, of the file without it."""
+def opened(path, content=None):
+    """PIL's image of a file; of a JPEG whose EXIF stops PIL already here, of the file without it.
+
+    content: the bytes of the file, where they have been read.
+    """
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except MemoryError:
         raise
     except Exception:
-        content = Path(path).read_bytes()
+        content = Path(path).read_bytes() if content is None else content
         if not content.startswith(b"\xff\xd8\xff\xe1"):
             raise
     end = 4 + int.from_bytes(content[4:6])                  # where the segment ends: its length counts itself
     return Image.open(io.BytesIO(content[:2] + content[end:]), formats=FORMATS)
+
+
+def is_deep(img):
+    """Whether an open image has colours of 16 bits, of which PIL keeps the high bytes alone."""
+    return img.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in img.tile)
+
+
+def check_depth(img, deep, path):
+    """BadInput for the RGB image of a deep one that uses so few of its 16 bits that it is nearly black."""
+    if deep and max(high for _, high in img.getextrema()) < 64:
+        raise BadInput(f"{path}: colours of 16 bits, of which fewer are used, would be nearly black; "
+                       "expected 8 bits a colour")
 
 
 def check_pixels(img):
@@ -164,20 +186,55 @@ def padded(img, size) -> np.ndarray:
 
 
 def look(path):
-    """(SHA-256 as 32 bytes, grey thumbnail, uint8 (SIDE, SIDE)) of an image file; zeros where unreadable."""
+    """(SHA-256 as 32 bytes, grey thumbnail, uint8 (SIDE, SIDE), None or why open_image cannot read it) of an
+    image file; zeros where it is unreadable."""
     thumbnail = np.zeros((SIDE, SIDE), np.uint8)            # a duplicate of none
     try:
         content = path.read_bytes()
-    except OSError:
-        return bytes(32), thumbnail
+    except FileNotFoundError:
+        return bytes(32), thumbnail, f"{path}: no such image"
+    except OSError as error:
+        return bytes(32), thumbnail, f"{path}: cannot be read as an image ({error.strerror})"
+    why = None
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as img:
+        with said_in_one_line(path), opened(path, content) as img:
             check_pixels(img)
+            deep = is_deep(img)
             img.draft("L", (2 * SIDE, 2 * SIDE))            # a JPEG is decoded at a fraction of its size
-            grey = to_rgb(img, path).convert("L")
-            thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
-    except MemoryError:
-        raise
-    except Exception:                                       # load_images names it and says why
-        pass
-    return hashlib.sha256(content).digest(), thumbnail
+            rgb = to_rgb(img, path)
+            check_depth(rgb, deep, path)
+            thumbnail = np.asarray(rgb.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+    except BadInput as error:
+        why = str(error)
+    return hashlib.sha256(content).digest(), thumbnail, why
+
+
+# Many files
+
+
+def batches(n, size):
+    """Slices of range(n), `size` long, the last one perhaps shorter."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def in_parallel(function, n, workers, what):
+    """[function(0), ..., function(n - 1)] on threads. A bar appears after 2 s."""
+    done = read_ahead(function, n, workers, ahead=4 * max(1, workers))
+    return list(tqdm(done, what, n, unit="image", delay=2, leave=False, disable=None))
+
+
+def read_ahead(function, n, workers, ahead):
+    """function(0), ..., function(n - 1) in order, computed on threads, at most `ahead` before they are due.
+
+    PIL releases the GIL, and threads need no shared memory, of which containers have little.
+    """
+    pool, waiting = ThreadPoolExecutor(max(1, workers)), deque()
+    try:
+        for i in range(n):
+            waiting.append(pool.submit(function, i))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -88,7 +88,7 @@ class Distributed:
         if error is not None:
             raise error
         if failed:
-            raise BadInput("another process of this training stopped; its own line says why")
+            raise BadInput("another process of this command stopped; its own line says why")
 
 
 def start(device="auto"):
@@ -101,10 +101,10 @@ def start(device="auto"):
     if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        try:  # five minutes for the other processes to appear; a wait inside the training may be longer
+        try:  # five minutes for the others to appear; later one may encode images for hours while they wait
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                    world_size=size)
+                                    world_size=size, timeout=timedelta(hours=24))
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"WORLD_SIZE={size}: the processes did not find each other ({reason}); start them "

@@ -244,9 +244,9 @@ TRAINING["demo"] = TRAINING["tiny"] | {"steps": 250, "warmup": 20}
 
 @torch.no_grad()
 def measure_scale(vae, images, device):
-    """One over the standard deviation of all latents of uint8 images (LDM, App. G)."""
+    """One over the standard deviation of the latents of the first 2,000 uint8 images (LDM, App. G)."""
     sums, n = torch.zeros(2, dtype=torch.float64), 0
-    for part in data.batches(len(images), 32):
+    for part in data.batches(min(len(images), 2000), 32):
         mu, logvar = vae.moments(data.to_float(images[part].to(device)))
         sums += torch.stack([mu.double().sum(), (mu.double() ** 2 + logvar.double().exp()).sum()]).cpu()
         n += mu.numel()
@@ -307,8 +307,8 @@ def train(args):
         perceptual = perceptual and perceptual.to(device)
         train_records, val_records, fingerprint = training.read_data(args)
         total = len(train_records) + len(val_records)
-        images, train_records = data.load_images(train_records, args.size, args.crop, total=total)
-        val_images, _ = data.load_images(val_records, args.size, args.crop, total=total)
+        images = data.Images(train_records, args.size, args.crop, total=total)
+        val_images = data.Images(val_records, args.size, args.crop, total=total)
     settings = training.settings_of(args) | {"perceptual_weights": perceptual_hash,
                                              "network": asdict(vae.config)}
     run = training.Run(args.out, settings, fingerprint, world, "Autoencoder", args.from_run)
@@ -323,7 +323,7 @@ def train(args):
         take_step.settle()
         vae.eval()
         val_loss, terms = objective.validate(val_images)
-        vae.latent_scale.copy_(measure_scale(vae, images[:2000], device))
+        vae.latent_scale.copy_(measure_scale(vae, images, device))
         meta = metadata(vae) | {"step": step, "val_loss": val_loss, "data": run.config["data"]}
         run.keep(step, val_loss, lambda name: run.save_checkpoint(name, vae.state_dict(), meta), **terms)
         if world.is_main:
@@ -338,10 +338,11 @@ def train(args):
     start = run.restore(vae.state_dict(), opt)
     loop = training.Loop(f"vae {args.preset}", start, args.steps, world, args.minutes)
     for step in loop:
+        images.begin(world.batch(len(images), run.batch_size, step + 1, args.seed)[0].tolist())
         indices, draws = world.batch(len(images), run.batch_size, step, args.seed)
         batch = draw_batch(vae, images[indices], args.jitter, draws)
         factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
+        loss, norm = take_step(batch, factor, step + 1, [images.records[i].name for i in indices])
         if (step + 1) % args.log_every == 0:
             loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
         if (step + 1) % args.save_every == 0 or loop.last(step):

@@ -2,6 +2,7 @@
 
 from command import BadInput
 
+import argparse
 import csv
 import json
 import os
@@ -15,14 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KVASIR, image, real_images
+from helpers import KVASIR, PROMPTS, image, real_images, tiny_msdm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 import data
+import duplicates
+import files
+import msdm
 import pixels
+import training
+import vae
 from data import Record
 
 ROWS = [("Generate an image containing a polyp.", "a"), ("Generate an image with 2 polyps.", "b.png"),
@@ -502,34 +508,79 @@ def test_images_are_compared_once(folder, monkeypatch):
     folder = folder.rename(folder.parent / f"{folder.name}-once")
     data.write_captions(folder, [("x", "a"), ("x", "b")])
     time.sleep(0.1)                                         # a newer file might change within the same tick
-    records, opened = data.read_folder(folder), []
+    records, opened, compared = data.read_folder(folder), [], []
     first = data.near_duplicates(records), data.fingerprint(records)
-    look = data.look
-    monkeypatch.setattr(data, "look", lambda path: opened.append(path.name) or look(path))
-    data.remembered.clear()                                 # as a new process
-    assert (data.near_duplicates(records), data.fingerprint(records)) == first and opened == []
+    look, compare = duplicates.look, duplicates.compare
+    monkeypatch.setattr(duplicates, "look", lambda path: opened.append(path.name) or look(path))
+    monkeypatch.setattr(duplicates, "compare", lambda x: compared.append(len(x)) or compare(x))
+    duplicates.remembered.clear()                           # as a new process
+    assert (data.near_duplicates(records), data.fingerprint(records)) == first and opened == compared == []
     content = bytearray((folder / "images" / "b.png").read_bytes())
     content[-1] ^= 1
     times = (folder / "images" / "b.png").stat()
     (folder / "images" / "b.png").write_bytes(content)      # as many bytes, and the old time set back
     os.utime(folder / "images" / "b.png", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert data.fingerprint(records) != first[1] and opened == ["b.png"]
-    cache = folder.parent / ".features" / f"{folder.name}.seen.safetensors"
-    cache.write_bytes(b"broken")
-    data.remembered.clear()
-    assert len(data.seen(records)) == 2
+    image(7).save(folder / "images" / "b.png")
+    assert data.near_duplicates(records) == first[0] == [] and compared == [2]
+    for cache in (folder.parent / ".features").glob(f"{folder.name}.*"):
+        cache.write_bytes(b"broken")
+    duplicates.remembered.clear()
+    assert len(data.seen(records)) == 2 and data.near_duplicates(records) == [] and compared == [2, 2]
 
 
 def test_a_place_without_a_cache_is_one_note(folder, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(data, "save_safetensors", refuse)
+    monkeypatch.setattr(duplicates, "save_safetensors", refuse)
     data.write_captions(folder, [("x", "a"), ("x", "b")])
     time.sleep(0.1)
     data.split(data.read_folder(folder))
     data.fingerprint(data.read_folder(folder))
     assert capsys.readouterr().err.count("not cached: ") == 1
+
+
+def test_remembered_groups_are_the_computed_ones(folder):
+    for i in range(40):
+        image(i % 25).save(folder / "images" / f"n{i:02d}.png", compress_level=i % 10)
+    records = [Record(p, p.name, []) for p in data.list_images(folder)]
+    groups = data.near_duplicates(records)
+    assert groups == duplicates.compare(np.stack([t for _, t, _ in data.seen(records)]))
+    assert groups[0] == [0, 3, 28] and data.near_duplicates(records) == groups
+    assert data.near_duplicates(records[:20]) != groups     # other images, another key
+    assert data.near_duplicates(records) == groups
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_look_knows_what_cannot_be_opened(tmp_path):
+    """The verdict of the first look, which decodes a JPEG at a fraction of its size, is open_image's."""
+    rng, both = random.Random(0), []
+    image(0, 400, 300).save(tmp_path / "a.jpg", quality=95)
+    image(1, 400, 300).convert("CMYK").save(tmp_path / "b.jpg", progressive=True)
+    image(2, 400, 300).save(tmp_path / "c.png")
+    Image.fromarray(np.full((40, 40), 3e5, np.float32)).save(tmp_path / "d.tiff")
+    whole = [p.read_bytes() for p in sorted(tmp_path.iterdir())]
+    for trial in range(400):
+        content = bytearray(whole[trial % 4])
+        if trial % 3:
+            del content[rng.randrange(len(content)):]
+        else:
+            for _ in range(8):
+                content[rng.randrange(len(content))] ^= rng.randrange(256)
+        path = tmp_path / f"x{trial}.jpg"
+        path.write_bytes(content)
+        _, thumbnail, why = pixels.look(path)
+        try:
+            data.open_image(path)
+            opens = None
+        except BadInput as error:
+            opens = str(error)
+        assert (why is None) == (opens is None), (trial, why, opens)
+        assert why is None or not thumbnail.any()
+        both.append(why is None)
+    assert 20 < sum(both) < 380
+    assert pixels.look(with_exif(tmp_path / "e.jpg", (0x112, 2, 3, b"up\0")))[2] is None
 
 
 def test_the_fingerprint_of_images_knows_no_prompts(folder):
@@ -583,6 +634,152 @@ def test_a_grid_is_read_row_by_row(tmp_path):
     assert (sheet[:, 6:, 16:] == 255).all()
     data.write_grid(tmp_path / "row.png", images, columns=5)
     assert data.open_image(tmp_path / "row.png").size == (5 * 8 - 2, 4)
+
+
+# ---- data that grows ----
+
+@pytest.mark.parametrize("crop", ["pad", "random"])
+@pytest.mark.parametrize("room", [2 << 30, 40_000, 0])
+def test_images_are_those_of_load_images_in_any_memory(tmp_path, monkeypatch, crop, room):
+    monkeypatch.setattr(data, "IN_MEMORY", room)
+    records = many(tmp_path, 60, bad=2)
+    want, kept = data.load_images(records, 16, crop, seed=5)
+    images = data.Images(records, 16, crop, seed=5)
+    assert images.records == kept and len(images) == 58
+    for _ in range(2):
+        images.begin([7, 1, 2])
+        for which in (torch.tensor([3, 1, 3, 57]), slice(50, 70), [9], slice(0)):
+            assert torch.equal(images[which], want[which])
+    assert torch.equal(images[:], want) and len(images.kept) == min(58, room // (3 * 16 * 16))
+
+
+def test_images_of_a_part_share_the_memory_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 20 * 3 * 8 * 8)
+    records = many(tmp_path, 40)
+    parts = data.Images(records[:30], 8, total=40), data.Images(records[30:], 8, total=40)
+    assert [part[:] is None or len(part.kept) for part in parts] == [15, 5]
+
+
+def test_unreadable_images_are_known_and_named_without_reading(folder, monkeypatch, capsys):
+    records = many(folder / "images", 40, bad=2)
+    time.sleep(0.1)
+    with pytest.raises(BadInput, match="more than 5 %"):
+        data.Images(records[:10], 8)
+    first = data.Images(records, 8)
+    duplicates.remembered.clear()
+    monkeypatch.setattr(pixels, "opened", None)             # would be an error to call
+    capsys.readouterr()
+    again = data.Images(records, 8)
+    err = capsys.readouterr().err
+    assert first.records == again.records == records[2:] and "2 unreadable images of 40" in err
+    assert f"skipped {records[1].path}: the file is empty" in err
+
+
+def test_rows_in_a_file_are_whole_or_absent(tmp_path, capsys):
+    rows, file = torch.randn(10, 3, 2).half(), tmp_path / "cache" / "r.safetensors"
+
+    def make(n=10):
+        return (rows[i:i + 4] for i in range(0, n, 4))
+
+    def killed():
+        yield from make(8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.cached_rows(file, "moments", 10, killed, {"names": ["\u00e9"]})
+    assert list((tmp_path / "cache").iterdir()) == []
+    got = files.cached_rows(file, "moments", 10, make, {"names": ["\u00e9"]})
+    again = files.cached_rows(file, "moments", 10, None, {"names": ["\u00e9"]})
+    assert torch.equal(got, rows) and torch.equal(again, rows)
+    assert torch.equal(files.load_safetensors(file)[0]["moments"], rows)
+    files.save_safetensors(tmp_path / "s.safetensors", {"moments": rows}, {"names": ["\u00e9"]})
+    assert file.read_bytes() == (tmp_path / "s.safetensors").read_bytes()           # as others write it
+    for other in (file.read_bytes()[:-1], b""):
+        file.write_bytes(other)
+        assert torch.equal(files.cached_rows(file, "moments", 10, make, {"names": ["\u00e9"]}), rows)
+    assert len(files.cached_rows(file, "moments", 4, lambda: make(4), {"names": []})) == 4
+    (tmp_path / "file").touch()
+    aside = files.cached_rows(tmp_path / "file" / "r.safetensors", "moments", 10, make, {})
+    assert torch.equal(aside, rows) and "not cached: " in capsys.readouterr().err
+
+
+def resident():
+    """Bytes of this process in memory, those of mapped files among them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_a_map_is_read_without_staying_in_memory(tmp_path):
+    part = torch.arange(2 ** 20, dtype=torch.float32).view(4, -1)
+    parts = (part + 4 * i for i in range(100))
+    rows = files.cached_rows(tmp_path / "r.safetensors", "x", 400, lambda: parts, {})
+    assert type(rows[3:5]) is type(rows[[1]]) is type(rows + 1) is torch.Tensor
+    before, most = resident(), 0
+    for i in np.random.default_rng(0).permutation(400):
+        assert rows[[int(i)], 5].item() == 5 + 2 ** 18 * (i % 4) + 4 * (i // 4)
+        rows[[int(i)]].sum()
+        most = max(most, resident() - before)
+    assert most < 250 << 20                                 # of 400 MiB, which were all read
+
+
+def test_latents_in_a_file_are_those_of_the_images_in_memory(tmp_path):
+    (tmp_path / "images").mkdir()
+    records, seed, views = many(tmp_path / "images", 70), 3, 2
+    torch.manual_seed(0)
+    network = vae.VAE(vae.VAEConfig(channels=(8, 8, 8), latent_channels=4))
+    args = argparse.Namespace(size=16, crop="pad", seed=seed)
+    world = training.start("cpu")
+    latents, kept = msdm.latents_of(records, args, network, (), tmp_path / "run", world, 0.4, views)
+    images, want = data.load_images(records, 16)[0], torch.empty(70, views, 8, 4, 4, dtype=torch.float16)
+    for part in data.batches(70, 32):
+        for view in range(views):
+            g = torch.Generator().manual_seed(training.step_seed("view", seed, part.start, view))
+            with torch.no_grad():
+                moments = network.moments(data.augment(data.to_float(images[part]), g, 0.4))
+            want[part, view] = torch.cat(moments, dim=1).half()
+    assert kept == records and torch.equal(latents, want)
+
+
+def test_text_states_that_are_too_large_to_keep_are_encoded_with_the_batch(monkeypatch):
+    records = [Record(Path(str(i)), str(i), [prompt]) for i, prompt in enumerate(PROMPTS)]
+    text = tiny_msdm().text.requires_grad_(False)
+    kept = msdm.CaptionSampler(records, records, text, 1, 0.2)
+    monkeypatch.setattr(msdm.CaptionSampler, "CACHE", 3 * text([""])[0].nbytes)     # of 4 prompts
+    anew = msdm.CaptionSampler(records, records, text, 1, 0.2)
+    assert kept.cache is not None and anew.cache is None
+    states = [sampler.encode(training.Batch(**sampler.fields(PROMPTS))) for sampler in (kept, anew)]
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_a_training_in_little_memory_is_the_same_and_a_second_start_reads_no_image(tmp_path, monkeypatch):
+    (tmp_path / "data/images").mkdir(parents=True)
+    records = many(tmp_path / "data/images", 200)
+    data.write_captions(tmp_path / "data", [(f"an image with {i % 7} polyps", r.name)
+                                            for i, r in enumerate(records)])
+    time.sleep(0.1)
+
+    def train(name):
+        common = ["--data", str(tmp_path / "data"), "--size", "32", "--steps", "3", "--batch-size", "8",
+                  "--device", "cpu"]
+        vae.main([*common, "--preset", "tiny", "--perceptual", "off", "--crop", "random",
+                  "--out", str(tmp_path / f"vae-{name}")])
+        msdm.main([*common, "--preset", "tiny", "--vae", str(tmp_path / "vae-whole/best.safetensors"),
+                   "--shown", "0", "--out", str(tmp_path / f"msdm-{name}")])
+        return [files.load_safetensors(tmp_path / f"{kind}-{name}" / "last.safetensors")[0]
+                for kind in ("vae", "msdm")]
+
+    whole = train("whole")
+    monkeypatch.setattr(data, "IN_MEMORY", 20_000)          # six images of 200
+    small = train("small")
+    for a, b in zip(whole, small, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for name in ("opened", "look", "compare", "encode_latents"):
+        place = next(m for m in (pixels, duplicates, msdm) if hasattr(m, name))
+        monkeypatch.setattr(place, name, None)              # would be an error to call
+    monkeypatch.setattr(duplicates, "look", None)
+    duplicates.remembered.clear()                           # as a new process
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(train("small"), small, strict=True) for k in a)
 
 
 # ---- check and the command line ----

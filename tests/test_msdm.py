@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 import data
 import diffusion
+import lora
 import msdm
 import text as texts
 import training
@@ -74,6 +75,19 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         msdm.load(tmp_path / "cut.safetensors")
     with pytest.raises(BadInput, match="no such file"):
         msdm.load(tmp_path / "absent.safetensors")
+
+
+def test_an_adapter_on_another_checkpoint_is_said_in_one_line(tmp_path, capsys):
+    for name, seed in (("one", 1), ("other", 2)):
+        m = tiny_msdm()
+        torch.nn.init.normal_(m.unet.conv_in.weight, generator=torch.Generator().manual_seed(seed))
+        save_safetensors(tmp_path / f"{name}.safetensors", m.tensors(), m.metadata())
+    m = msdm.load(tmp_path / "one.safetensors")
+    lora.inject(m.unet, lora.LoRAConfig(rank=2, alpha=2))
+    lora.save(m.unet, tmp_path / "adapter")
+    for name, said in (("one", ""), ("other", "trained on other weights ('one.safetensors')")):
+        lora.load(msdm.load(tmp_path / f"{name}.safetensors").unet, tmp_path / "adapter")
+        assert said in (found := capsys.readouterr().err) and bool(found) == bool(said)
 
 
 def loss(m, n_fed=0, error="l2"):

@@ -315,7 +315,7 @@ for value in (1.0, float("nan") if world.rank == 1 else 1.0):  # then one has a 
         step(training.Batch(x=torch.tensor([value])), 1.0)
     except BadInput as error:
         said.append(str(error))
-assert said[0] == ("my own line" if world.rank else "another process of this training stopped; its own line "
+assert said[0] == ("my own line" if world.rank else "another process of this command stopped; its own line "
                    "says why"), said
 assert len(said) == 2 and "the loss is nan" in said[1], said
 assert p["p"].isfinite().all() and time.monotonic() - started < 60
