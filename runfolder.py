@@ -87,7 +87,8 @@ class Run:
         self.config = {"settings": settings, "data": fingerprint, "versions": versions(),
                        "commit": git_commit(), "images_a_step": (self.batch_size or 1) * world.size}
         with world.together():
-            self._check(read_run(self.folder))
+            self.old = read_run(self.folder)
+            self._check(self.old)
         with world.together():
             if world.is_main:
                 self._claim()
@@ -127,7 +128,8 @@ class Run:
         """Lock the folder, write its config.json, remove what a kill left unfinished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        write_json(self.folder / "config.json", self.config)
+        if self.old is None:  # that of an older run is replaced when its state has been read, see restore
+            write_json(self.folder / "config.json", self.config)
         (self.folder / "samples").mkdir(exist_ok=True)
         remove_unfinished(self.folder, "config.json", "metrics.jsonl", "state.pt", "MODEL_CARD.md",
                           "best.safetensors", "last.safetensors", "latents-*.safetensors",
@@ -193,7 +195,12 @@ class Run:
                                f"step 0{self._way_out()}")
             else:
                 step = 0
+            if step > (steps := self.config["settings"].get("steps") or step):
+                raise BadInput(f"--steps {steps}: the run in {self.folder} is at step {step} already; give "
+                               "more steps, or another --out")
         if self.world.is_main:
+            write_json(self.folder / "config.json", self.config)
+            self._tell_broken()
             kept = [line for line in self._lines() if line.get("step", 0) <= step]
             if kept or (self.folder / "metrics.jsonl").exists():
                 with replacing(self.folder / "metrics.jsonl") as tmp:
@@ -203,6 +210,13 @@ class Run:
         if not step:  # from here on a missing state is a lost one
             self.save_progress(0, weights, opt, ema)
         return step
+
+    def _tell_broken(self):
+        """A line for each checkpoint that is there and cannot be read."""
+        for name in ("best.safetensors", "last.safetensors", "best", "last"):
+            if (self.folder / name).exists() and name not in self.whole():
+                print(f"{self.folder / name}: not a whole checkpoint; the next one of this run replaces it",
+                      file=sys.stderr)
 
     def _fill(self, weights, opt, ema):
         try:

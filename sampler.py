@@ -151,14 +151,21 @@ def claim_folder(out, settings, prompts, seed):
         rows.writerows([f"{i:06d}.png", p, seed + i] for i, p in enumerate(prompts))
 
 
-def is_whole(file):
-    """Whether an image is there and its checksums hold; one that is broken is sampled again."""
+def is_whole(file, expected):
+    """Whether an image is there and its checksums hold; one that is broken is sampled again.
+
+    expected: text chunks; BadInput if a whole image has them with other values: it is another one's copy.
+    """
     try:
         with Image.open(file, formats=("PNG",)) as img:
+            found = {k: img.info.get(k) for k in expected}  # before verify, which spends the file
             img.verify()
-        return True
     except Exception:  # PIL's decoders raise anything
         return False
+    if any(found[k] not in (None, v) for k, v in expected.items()):
+        raise BadInput(f"{file}: expected the image of seed {expected['seed']} and its prompt, got one of "
+                       f"seed {found['seed']}; it is not overwritten: move it away")
+    return True
 
 
 def image_file(out, i):
@@ -284,6 +291,8 @@ def main(argv=None):
         request |= {"solver": args.solver, "negative_prompt": args.negative_prompt}
         if request["steps"] > model.T:
             raise BadInput(f"--steps {request['steps']}: the checkpoint's schedule has {model.T} times")
+        if args.negative_prompt and request["guidance"] == 1:
+            raise BadInput("--negative-prompt plays no part where --guidance is 1: leave one of them out")
         adapted = any(lora.layers(network) for network in model.networks)
         for network in model.networks:
             lora.set_scale(network, args.lora_scale)
@@ -296,7 +305,8 @@ def main(argv=None):
             "lora_scale": args.lora_scale if adapted else None}
         if world.is_main:
             claim_folder(out, settings, prompts, args.seed)
-        missing = [i for i in range(len(prompts)) if not is_whole(image_file(out, i))]
+        chunks = ({"seed": str(args.seed + i), "prompt": p} for i, p in enumerate(prompts))
+        missing = [i for i, own in enumerate(chunks) if not is_whole(image_file(out, i), own)]
     # All processes have looked by now, so they share out the same list.
     mine = np.array_split(missing, world.size)[world.rank].astype(int).tolist()
     write_samples(model, prompts, mine, args, request, hashes, world.is_main)

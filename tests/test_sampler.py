@@ -74,6 +74,21 @@ def test_a_prompt_of_two_lines_is_a_row_that_can_be_read(loads, tmp_path):
         assert img.text["prompt"] == "2 polyps in the centre"
 
 
+def test_an_image_that_says_that_it_is_another_is_neither_kept_nor_overwritten(loads, tmp_path):
+    sample(tmp_path / "o", "-n", 2, "--seed", 5)
+    first, second = (tmp_path / f"o/images/00000{i}.png" for i in range(2))
+    shutil.copy(first, second)
+    with pytest.raises(BadInput, match="000001.png: expected the image of seed 6 .*, got one of seed 5"):
+        sample(tmp_path / "o", "-n", 2, "--seed", 5)
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_a_negative_prompt_without_guidance_is_refused(loads, tmp_path):
+    with pytest.raises(BadInput, match="--negative-prompt plays no part where --guidance is 1"):
+        sample(tmp_path / "o", "--negative-prompt", "text", "--guidance", 1)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize("seed", [-1, -2**63, 2**63, 2**64 - 2])
 def test_seeds_of_64_bits(loads, tmp_path, seed):
     sample(tmp_path / "o", "-n", 2, "--seed", seed)
@@ -178,7 +193,7 @@ def test_a_batch_is_written_while_the_next_one_is_computed(loads, tmp_path, monk
     monkeypatch.setattr(data, "write_image", write_late)
     sample(tmp_path / "o", "-n", 4, "--batch-size", 2)
     assert set(before[:2]) == {"000000.png", "000001.png"}
-    assert all(sampler.is_whole(tmp_path / "o/images" / f"{i:06d}.png") for i in range(4))
+    assert all(sampler.is_whole(tmp_path / "o/images" / f"{i:06d}.png", {}) for i in range(4))
 
 
 def test_a_file_that_cannot_be_written_ends_the_command_and_is_made_by_the_next(loads, tmp_path, monkeypatch):

@@ -136,6 +136,27 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
+def test_a_refused_resume_changes_nothing_and_a_broken_checkpoint_is_told(tmp_path, capsys):
+    run, p, opt = saved_run(tmp_path)
+    run.log(step=2, loss=0.4)
+
+    def resume(steps):
+        return training.Run(tmp_path, {"lr": 1, "steps": steps}, "data", ranks()).restore(p, opt)
+
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="--steps 1: the run in .* is at step 2 already"):
+        resume(1)
+    assert contents(tmp_path) == before
+    (tmp_path / "best.safetensors").write_text("a table")
+    assert resume(2) == 2
+    assert "best.safetensors: not a whole checkpoint; the next one" in capsys.readouterr().err
+    run.state_file.unlink()
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="state.pt: no such file"):
+        resume(5)
+    assert contents(tmp_path) == before
+
+
 def test_a_lost_or_broken_state_does_not_begin_anew_over_the_checkpoints(tmp_path):
     run, p, opt = saved_run(tmp_path)
     whole = run.state_file.read_bytes()
@@ -211,7 +232,7 @@ def test_other_numbers_of_processes_keep_the_images_of_a_step(tmp_path, capsys):
     assert run(8, 4).batch_size == 4 and run(8, 2).batch_size == 8
     assert run(16, 1).batch_size == 16
     for batch_size, size in ((16, 3), (4, 2)):
-        with pytest.raises(BadInput, match="batch_size=16, 16 images a step in all, now"):
+        with pytest.raises(BadInput, match="batch_size=8, 16 images a step in all, now"):
             run(batch_size, size)
 
 
