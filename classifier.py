@@ -6,7 +6,6 @@ else from its prompts.
 
 from command import BadInput
 
-import json
 import math
 import sys
 import time
@@ -122,13 +121,15 @@ def read_attributes(folder):
     if not path.is_file():
         return None
     lines = {}
-    for i, text in enumerate(data.read_text(path).splitlines(), 1):
+    for i, text in enumerate(data.read_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        line = data.json_line(path, i, text)
         try:
-            line = json.loads(text)
             from_line(line)
             lines[line["file_name"]] = line
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}, line {i}: expected an image's attributes ({error!r})") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(f"{path}, row {i}: expected an image's attributes ({error!r:.100})") from None
     return lines
 
 
@@ -244,26 +245,33 @@ def predict(net, images, batch_size=128):
 
 
 def classifier_of(folder, records, images, labels, args):
-    """The classifier of these images: read from its file if the key is equal, else trained and saved."""
+    """The classifier of these images: read from its file if the key is equal, else trained and saved.
+
+    Another one in a file that the user named is BadInput; in the default file it is replaced.
+    """
     file = args.classifier or default_file(folder, args.size)
     attributes = Path(folder) / "attributes.jsonl"
     attributes_hash = file_hash(attributes) if attributes.is_file() else ""
     made_of = {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES],
                "key": text_hash(data.fingerprint(records), attributes_hash, args.size, args.steps, args.seed)}
+    ours = (f"{len(records)} images of {folder}, {args.size} px, {args.steps} steps, seed {args.seed}, "
+            f"key {made_of['key']}")
     if Path(file).is_file():
         metadata = load_metadata(file)
-        if metadata.get("kind") != "judge":
-            raise BadInput(f"{file}: expected a classifier that judges.py wrote, "
-                           f"got kind {metadata.get('kind')!r}")
-        if metadata == made_of:
+        if made_of.items() <= metadata.items():
             net = load_state(Classifier(args.size), load_safetensors(file)[0], file)
             print(f"classifier: read from {file}")
             return net.to(args.device, memory_format=torch.channels_last).eval()
+        other = metadata.get("trained_on", f"other data, steps or seed, key {metadata.get('key')}")
+        if args.classifier:
+            raise BadInput(f"{file}: holds a classifier of {other}; this run needs one of {ours}; name "
+                           "another file with --classifier")
+        print(f"{file}: holds a classifier of {other}; replaced by one of {ours}", file=sys.stderr)
     began = time.perf_counter()
     net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
     kept = f"in {file}"
     try:
-        save_safetensors(file, net.state_dict(), made_of)
+        save_safetensors(file, net.state_dict(), made_of | {"trained_on": ours})
     except OSError as error:                                # the table does not need the file
         kept = "not kept"
         print(f"the classifier is not kept: {file}: {error.strerror}; name another file with --classifier",
@@ -271,6 +279,14 @@ def classifier_of(folder, records, images, labels, args):
     print(f"classifier: {args.steps} steps on {len(images)} images of {folder}, "
           f"{time.perf_counter() - began:.0f} s; {kept}")
     return net
+
+
+def is_judge(path):
+    """Whether a file is one that classifier_of wrote."""
+    try:
+        return load_metadata(path).get("kind") == "judge"
+    except (BadInput, OSError):
+        return False
 
 
 def default_file(folder, size):

@@ -98,6 +98,32 @@ def write_json(path, value):
         tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def is_json_with(path, *keys):
+    """Whether a file holds a JSON object with all these keys."""
+    with contextlib.suppress(BadInput, OSError):
+        return read_json(path).keys() >= set(keys)
+    return False
+
+
+def check_replaced(**outputs):
+    """BadInput for a file that is there and is not what the command writes there, and for two outputs under
+    one name: neither a result nor anything else is lost by a wrong name.
+
+    outputs: flag=(path or None, what is written there in words, function path -> whether a file is that).
+    """
+    places = {}
+    for name, (path, what, is_that) in outputs.items():
+        if path is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        other = places.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise BadInput(f"{other} and {flag} both name {path}: expected a file for each")
+        if os.path.lexists(path) and not (os.path.isfile(path) and is_that(path)):
+            raise BadInput(f"{flag} {path}: would be replaced and is not {what}; name another file with "
+                           f"{flag}")
+
+
 def create_json(path, value):
     """write_json if there is no such file; whether it was written. Of two processes at once, one writes."""
     path = Path(path)

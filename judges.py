@@ -17,11 +17,13 @@ from command import BadInput, at_least_one, best_device, run_command
 
 import argparse
 import csv
+import io
 import math
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -38,16 +40,27 @@ from classifier import (
     VALUES,
     augment,
     classifier_of,
+    default_file,
+    is_judge,
     merge,
     predict,
     train_classifier,
     truth,
     truth_row,
 )
-from files import replacing, write_json
+from files import check_replaced, is_json_with, replacing, write_json
 from inception import Inception
+from pixels import FORMATS
 
 MIN_EXAMPLES = 5        # training images below which a value is not judged
+FEWEST = 20             # images below which none too close says little: the interval of 0 of 19 ends at 0.17
+JUDGEMENT = {           # keys by which a --json file of each command is known
+    "faithfulness": ("n_fake_unjudged", "values", "summary", "not_judged"),
+    "usefulness": ("n_prompts", "n_held_out", "attributes"),
+    "memorisation": ("near_ratio", "verdict", "flagged", "pairs"),
+}
+DESCRIPTION = 0x010E    # the EXIF tag ImageDescription, in PNG and JPEG alike
+SHEET = "judges.py memorisation: closest pairs"
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
     "a polyp": [("polyp", "a polyp")],
@@ -246,6 +259,17 @@ def write_prompts(args):
     print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
 
 
+def is_prompts(path):
+    """Whether a file is one that write_prompts wrote: the column Prompt, and nothing but prompts of it."""
+    ours = set(evaluation_prompts(prompts.COLORS))
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            rows = csv.reader(f)
+            return next(rows, None) == ["Prompt"] and all(len(row) == 1 and row[0] in ours for row in rows)
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+
+
 # Usefulness
 
 
@@ -317,8 +341,8 @@ def memorisation(args):
     train = image_records(args.train)
     total = None if args.held_out else len(train)
     train, held_out = (train, image_records(args.held_out)) if args.held_out else data.split(train)
-    if len(train) < 2 or len(held_out) < 20:
-        raise BadInput(f"expected at least 2 training images and 20 held out, got {len(train)} "
+    if len(train) < 2 or len(held_out) < FEWEST:
+        raise BadInput(f"expected at least 2 training images and {FEWEST} held out, got {len(train)} "
                        f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
     images, train = data.load_images(train, args.size, total=total)
     held_out_images, held_out = data.load_images(held_out, args.size, total=total)
@@ -332,6 +356,8 @@ def memorisation(args):
     found = {"generated": nearest(features(embed, fake_images, args.device), known),
              "held-out real": nearest(features(embed, held_out_images, args.device), known),
              "altered copies": nearest(features(embed, copies, args.device), known)}
+    encoded = (features(embed, as_jpeg(images[some]), args.device) - known[some]).norm(dim=1)
+    n_same = count_same(found["generated"][0], found["held-out real"][0], encoded)
     d, i = found["held-out real"]
     near, near_ratio = d.quantile(0.01), (d / radius[i]).quantile(0.01)
     if near == 0:
@@ -344,7 +370,7 @@ def memorisation(args):
         rows.append({"images": name, "n": len(d), "too close": float(close.float().mean()),
                      "low": low, "high": high, "authentic": float((d > radius[i]).float().mean()),
                      "median distance": float(d.median())})
-    conclusion = verdict(*rows)
+    conclusion = verdict(*rows, n_same)
     print(f"{len(train)} training images of {args.train}; {args.size} px; distances of {named}\n")
     print_table(rows, {"images": "images", "n": "n", "too close": "too close", "95 % interval": interval,
                        "authentic": "authentic", "median distance": "median distance"})
@@ -368,12 +394,38 @@ def memorisation(args):
         write_table(args.json, {
             "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
             "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
-            "near": float(near), "near_ratio": float(near_ratio), "verdict": conclusion,
+            "near": float(near), "near_ratio": float(near_ratio), "same": n_same, "verdict": conclusion,
             "flagged": conclusion.startswith("COPIES"), "rows": rows, "pairs": pairs})
 
 
-def verdict(generated, real, altered):
-    """One line from the three rows of the table: the share "too close" with its Wilson interval (ours)."""
+def count_same(generated, held_out, encoded) -> int:
+    """How many generated images are training images, the same or encoded anew, by their distances (n,).
+
+    The bound is ours: 99 % of training images are no farther than that from themselves as a JPEG, and the
+    nearest held-out image, which is not one of them, is at least twice as far.
+    """
+    return int((generated <= torch.minimum(encoded.quantile(0.99), held_out.min() / 2)).sum())
+
+
+def as_jpeg(images):
+    """uint8 images (n, 3, h, w) as they come back from JPEG files of Pillow's default quality, 75."""
+    out = []
+    for img in images:
+        file = io.BytesIO()
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(file, "JPEG")
+        out.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    return torch.stack(out)
+
+
+def verdict(generated, real, altered, n_same):
+    """One line from the three rows of the table: the share "too close" with its Wilson interval (ours).
+
+    n_same: generated images that are training images; one is enough, among however many others.
+    """
+    n = generated["n"]
+    if n_same:
+        are = "is a training image" if n_same == 1 else "are training images"
+        return f"COPIES: {n_same} of {n} generated images {are}"
     if generated["low"] > real["high"]:
         return "COPIES: more generated images are too close than chance explains"
     if altered["low"] <= real["high"]:
@@ -381,6 +433,9 @@ def verdict(generated, real, altered):
     if generated["low"] > real["too close"]:
         return ("SUSPICIOUS: more generated images are too close than held-out ones; "
                 "too few are held out to be sure")
+    if n < FEWEST:
+        return (f"cannot tell: {n} image{'s' * (n > 1)}, expected at least {FEWEST}; the share that is too "
+                f"close may be anything from {generated['low']:.2f} to {generated['high']:.2f}")
     return "no sign of copying: about as many generated images are too close as held-out ones"
 
 
@@ -442,8 +497,19 @@ def write_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
         for j, img in enumerate(pair):
             sheet.paste(Image.fromarray(img.permute(1, 2, 0).numpy()).resize((side, side)), (x + j * side, y))
         pen.text((x, y + side + 1), f"{number:.3g}", fill="black")
+    exif = Image.Exif()
+    exif[DESCRIPTION] = SHEET
     with replacing(path) as tmp:
-        sheet.save(tmp)
+        sheet.save(tmp, exif=exif)
+
+
+def is_sheet(path):
+    """Whether an image file is one that write_pairs wrote."""
+    try:
+        with Image.open(path, formats=FORMATS) as img:
+            return img.getexif().get(DESCRIPTION) == SHEET
+    except Exception:                                                   # anything: it is a decoder
+        return False
 
 
 # Command line
@@ -496,7 +562,24 @@ def main(argv=None):
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
     at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
     data.check_writable(**{name: getattr(args, name, None) for name in ("out", "json", "sheet")})
+    check_outputs(args)
+    for name in ("real", "train", "held_out", "fake"):
+        if getattr(args, name, None):
+            metrics.say_nested(getattr(args, name))
     args.function(args)
+
+
+def check_outputs(args):
+    """BadInput where a file of a flag, or its default, would replace one of another kind."""
+    command = args.command
+    classifier = (args.classifier or default_file(args.real, args.size)) if "classifier" in args else None
+    sheet = (args.sheet or default_sheet(args.fake)) if "sheet" in args else None
+    check_replaced(
+        out=(getattr(args, "out", None), "a file of judges.py prompts", is_prompts),
+        classifier=(classifier, "a classifier that judges.py wrote", is_judge),
+        sheet=(sheet, "a sheet of judges.py memorisation", is_sheet),
+        json=(getattr(args, "json", None), f"a result of judges.py {command}",
+              lambda path: is_json_with(path, *JUDGEMENT[command])))
 
 
 if __name__ == "__main__":

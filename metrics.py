@@ -20,6 +20,7 @@ from command import BadInput, best_device, run_command
 
 import argparse
 import math
+import os
 import sys
 import time
 import zipfile
@@ -32,7 +33,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import SUFFIXES, batches, check_writable, read_ahead
-from files import cached, load_safetensors, save_safetensors, text_hash, write_json
+from files import (
+    cached,
+    check_replaced,
+    is_json_with,
+    load_safetensors,
+    save_safetensors,
+    text_hash,
+    write_json,
+)
 from inception import ImageNetInception, Inception
 from pixels import FORMATS, open_image, preprocess
 
@@ -335,6 +344,18 @@ def image_files(folder):
     return images
 
 
+def say_nested(folder):
+    """Say how many images lie in subfolders, which are not read; hidden folders are not counted."""
+    root = Path(folder) / "images" if (Path(folder) / "images").is_dir() else Path(folder)
+    n = 0
+    for place, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        images = [f for f in names if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
+        n += len(images) * (Path(place) != root)
+    if n:
+        print(f"{root}: {n} image{'s' * (n > 1)} in subfolders not read", file=sys.stderr)
+
+
 def common_side(paths) -> int:
     """Longer side of images that must all have one size; every image is padded to a square of this side."""
     sizes = {}
@@ -500,15 +521,25 @@ def parse(argv):
     if args.batch_size < 1 or args.workers < 0:
         raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
                        f"got {args.batch_size} and {args.workers}")
-    check_writable(json=args.json, real_stats=None if stats and stats.is_file() else stats)
+    stats = None if stats and stats.is_file() else stats    # it is written
+    check_writable(json=args.json, real_stats=stats)
+    check_replaced(json=(args.json, "a result of metrics.py", is_result),
+                   real_stats=(stats, "a file", os.path.isfile))
     return args
+
+
+def is_result(path):
+    """Whether a file is one that --json wrote."""
+    return is_json_with(path, "fid", "protocol", "kid_subset_size", "weights_published")
 
 
 def main(argv=None):
     args = parse(argv)
     start = time.perf_counter()
-    fake_paths = image_files(args.fake)
     known = args.real_stats and args.real_stats.is_file()
+    for folder in (args.fake, *([] if known else [args.real])):
+        say_nested(folder)
+    fake_paths = image_files(args.fake)
     real_paths = [] if known else image_files(args.real)
     if len(fake_paths) < SPLITS:
         raise BadInput(f"{args.fake}: expected at least {SPLITS} images, one a split of the Inception Score, "
@@ -543,8 +574,8 @@ def main(argv=None):
         name = f"{folder.name}-{folder_key(paths, *protocol.values())}.safetensors"
         return cached((args.cache or folder.parent / ".features") / name, compute)[0]
 
-    fake = features(args.fake, fake_paths, "fake images")
     real = read_stats(args.real_stats, protocol) if known else features(args.real, real_paths, "real images")
+    fake = features(args.fake, fake_paths, "fake images")
     if args.real_stats and not known:
         save_safetensors(args.real_stats, real, protocol)
     numbers = evaluate(real, fake, args.protocol == "fid", args.kid_subset_size)

@@ -46,6 +46,8 @@ from tqdm import tqdm
 import prompts
 from files import replacing
 
+MOST = 1_000_000                 # images; their names have six digits
+LARGEST = 2048                   # px; there a process takes 2 GB and some 20 s an image
 RADIUS = dict(zip(prompts.SIZES, (0.071, 0.103, 0.146, 0.203), strict=True))
 COLORS = {"pink": (0.98, 0.60, 0.80), "red": (0.66, 0.05, 0.12), "white": (0.97, 0.95, 0.88),
           "yellow": (0.93, 0.80, 0.22), "purple": (0.47, 0.24, 0.62)}
@@ -472,6 +474,10 @@ def make_image(index, seed, size, folder):
 
 def check_out(out, n):
     """The files of an existing folder; it is refused if it holds anything but a phantom of n images."""
+    for place in (out / "images", out, *out.parents):
+        if place.is_symlink() and not place.exists():
+            raise BadInput(f"{place}: expected a folder, found a link to {os.readlink(place)}, which leads "
+                           "nowhere; remove the link or name another folder with --out")
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out}: expected a folder, found a file")
     folders = [folder for folder in (out, out / "images") if folder.is_dir()]
@@ -530,9 +536,10 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=64, help="side of an image, px")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i only")
     args = parser.parse_args(argv)
-    for name, low in (("n", 1), ("size", 16), ("seed", 0)):
-        if getattr(args, name) < low:
-            raise BadInput(f"--{name}: expected at least {low}, got {getattr(args, name)}")
+    for name, low, high in (("n", 1, MOST), ("size", 16, LARGEST), ("seed", 0, 2**64 - 1)):
+        if not low <= getattr(args, name) <= high:
+            bound = f"least {low}" if getattr(args, name) < low else f"most {high}"
+            raise BadInput(f"--{name}: expected at {bound}, got {getattr(args, name)}")
     found = check_out(args.out, args.n)
     with workers(args.out) as pool:
         words = pool.map(partial(make_words, seed=args.seed), range(args.n), chunksize=10)

@@ -117,7 +117,7 @@ def test_prompts_that_ask_for_nothing_are_refused(toy, tmp_path):
 def test_a_file_of_another_kind_is_not_a_classifier(toy, tmp_path):
     file = tmp_path / "unet.safetensors"
     save_safetensors(file, {"w": torch.zeros(1)}, {"kind": "msdm"})
-    with pytest.raises(BadInput, match="msdm"):
+    with pytest.raises(BadInput, match="--classifier .*is not a classifier"):
         run("faithfulness", real=toy / "real", fake=toy / "fake", classifier=file)
 
 
@@ -235,6 +235,77 @@ def test_the_features_and_logits_do_not_depend_on_the_batch():
     assert net.embed(img).shape == (5, 256) and net(img).shape == (5, len(VALUES))
 
 
+# Outputs
+
+def test_only_a_file_of_the_same_kind_is_replaced(toy, tmp_path):
+    memory = {"train": toy / "real", "held_out": toy / "other", "fake": toy / "fake"}
+    real = {"real": toy / "real", "fake": toy / "fake"}
+    for name, content in (("x.png", b"\x89PNG\r\n"), ("x.json", b'{"kind": "msdm"}'),
+                          ("x.safetensors", b""), ("x.csv", b"Prompt\nGenerate an image of my own.\n"),
+                          ("rows.csv", b"Prompt;Filename\n")):
+        (tmp_path / name).write_bytes(content)
+    data.write_image(tmp_path / "image.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "link.json").symlink_to(tmp_path / "absent")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()}
+    for name in [*before, "link.json"]:
+        for command, flags in (("memorisation", memory), ("faithfulness", real), ("usefulness", real)):
+            with pytest.raises(BadInput, match="--json .*is not a result"):
+                run(command, **flags, json=tmp_path / name)
+        with pytest.raises(BadInput, match="--out .*is not a file of judges.py prompts"):
+            judges.main(["prompts", "--out", str(tmp_path / name)])
+    for name in ("x.png", "image.png"):
+        with pytest.raises(BadInput, match="--sheet .*is not a sheet"):
+            run("memorisation", **memory, sheet=tmp_path / name)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.exists()} == before
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/closest.png").write_bytes(b"\x89PNG")
+    (tmp_path / "fake/images").symlink_to(toy / "fake/images")
+    with pytest.raises(BadInput, match="--sheet .*closest.png"):  # a default name as well
+        run("memorisation", **memory | {"fake": tmp_path / "fake"})
+
+
+def test_a_file_of_the_same_kind_is_replaced(tmp_path):
+    for colors in (["red"], list(prompts.COLORS)):
+        judges.main(["prompts", "--out", str(tmp_path / "p.csv"), "--per-value", "1", "--colors", *colors])
+    pair = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+    for name in ("a.png", "a.jpg"):
+        judges.write_pairs(tmp_path / name, [(pair, pair)], [1.0])
+        assert judges.is_sheet(tmp_path / name)
+
+
+@pytest.mark.parametrize("flags", [("sheet", "json"), ("classifier", "json")])
+def test_two_outputs_under_one_name_are_refused(toy, tmp_path, flags):
+    command = "memorisation" if "sheet" in flags else "faithfulness"
+    real = "train" if "sheet" in flags else "real"
+    (tmp_path / "down").mkdir()
+    files = zip(flags, (tmp_path / "z.png", tmp_path / "down/../z.png"), strict=True)
+    with pytest.raises(BadInput, match=f"--{flags[0]} and --{flags[1]} both name"):
+        run(command, **{real: toy / "real"}, fake=toy / "fake", **dict(files))
+    assert not (tmp_path / "z.png").exists()
+
+
+def test_a_named_classifier_of_something_else_stays_and_a_default_one_is_replaced(toy, tmp_path, capsys):
+    flags = {"real": toy / "real", "fake": toy / "fake", "held_out": toy / "other", "steps": 1}
+    file = tmp_path / "c.safetensors"
+    run("faithfulness", classifier=file, **flags)
+    before = file.read_bytes()
+    with pytest.raises(BadInput, match="1 steps, seed 0.*needs one of .* 1 steps, seed 6.*another file"):
+        run("faithfulness", classifier=file, seed=6, **flags)
+    assert file.read_bytes() == before
+    run("faithfulness", seed=7, **flags)
+    capsys.readouterr()
+    run("faithfulness", seed=8, **flags)
+    assert "1 steps, seed 7" in (said := capsys.readouterr().err) and "replaced by" in said
+
+
+def test_images_in_subfolders_are_mentioned(toy, tmp_path, capsys):
+    data.write_image(tmp_path / "images/a/b/x.png", np.zeros((4, 4, 3), np.uint8))
+    data.write_image(tmp_path / "images/.cache/x.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(BadInput, match="holds no images"):
+        run("memorisation", train=tmp_path, fake=toy / "fake")
+    assert capsys.readouterr().err == f"{tmp_path / 'images'}: 1 image in subfolders not read\n"
+
+
 # Usefulness
 
 def test_true_images_are_as_useful_as_real_ones(toy, tmp_path):
@@ -294,6 +365,29 @@ def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
         data.write_image(mixed / f"copy-{name}", data.open_image(copies / "images" / name))
     found = memorisation(toy, toy / "mixed")  # a folder without captions will do
     assert found["verdict"].startswith("SUSPICIOUS") and not found["flagged"]
+
+
+@pytest.mark.parametrize("kind", ["the same", "a JPEG"])
+def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, kind):
+    (tmp_path / "fake").mkdir()
+    for source, n in (("fake", 22), ("real", 2)):
+        for record in data.read_folder(toy / source)[:n]:
+            place = tmp_path / "fake" / f"{source}-{record.path.stem}"
+            if kind == "a JPEG" and source == "real":
+                data.open_image(record.path).save(place.with_suffix(".jpg"), quality=90)
+            else:
+                place.with_suffix(".png").write_bytes(record.path.read_bytes())
+    found = memorisation(toy, tmp_path / "fake")
+    assert found["flagged"] and found["verdict"] == "COPIES: 2 of 24 generated images are training images"
+
+
+@pytest.mark.parametrize("n", [1, 19])
+def test_few_images_cannot_tell(toy, tmp_path, n):
+    (tmp_path / "fake").mkdir()
+    for record in data.read_folder(toy / "fake")[10:10 + n]:
+        (tmp_path / "fake" / record.name).write_bytes(record.path.read_bytes())
+    found = memorisation(toy, tmp_path / "fake")
+    assert found["verdict"].startswith(f"cannot tell: {n} image") and not found["flagged"]
 
 
 def test_held_out_images_that_were_trained_on_are_refused(toy):
@@ -369,3 +463,10 @@ def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path):
 def test_a_strange_size_is_refused(toy):
     with pytest.raises(BadInput, match="--size"):
         run("usefulness", real=toy / "real", fake=toy / "fake", size=50)
+
+
+@pytest.mark.parametrize("row", ['{"polyps": ' + "9" * 10_000 + "}", "[" * 100_000, "{", "[]"])
+def test_a_row_of_attributes_that_cannot_be_used_is_one_line(tmp_path, row):
+    (tmp_path / "attributes.jsonl").write_text("\n" + row + "\n")
+    with pytest.raises(BadInput, match="attributes.jsonl, row 2: "):
+        classifier.read_attributes(tmp_path)

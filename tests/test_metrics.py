@@ -444,6 +444,29 @@ def test_a_result_that_cannot_be_kept_is_refused_before_the_work(folders):
     assert not list(folders.rglob(".features"))
 
 
+def test_only_a_result_of_metrics_is_replaced(folders):
+    command(folders)
+    command(folders)                                        # its own result is
+    for name in ("config.json", "prompt-gt.csv", "x.safetensors"):
+        (folders / name).write_text(content := '{"steps": 1}')
+        with pytest.raises(BadInput, match=f"--json .*{name}: would be replaced and is not a result"):
+            command(folders, "--json", folders / name)
+        assert (folders / name).read_text() == content
+    (folders / "link.safetensors").symlink_to(folders / "absent")
+    with pytest.raises(BadInput, match="--real-stats .*: would be replaced"):
+        command(folders, "--real-stats", folders / "link.safetensors")
+    with pytest.raises(BadInput, match="--json and --real-stats both name"):
+        command(folders, "--real-stats", folders / "z.safetensors", "--json", folders / "z.safetensors")
+
+
+def test_images_in_subfolders_are_mentioned(folders, capsys):
+    (folders / "real/images/more").mkdir()
+    for name in ("1.png", "2.JPG", "notes.txt"):
+        (folders / "real/images/more" / name).touch()
+    assert command(folders)["n_real"] == 15
+    assert f"{folders / 'real/images'}: 2 images in subfolders not read\n" in capsys.readouterr().err
+
+
 def test_bad_folders_are_named_in_one_line(folders, capsys):
     fake, real = folders / "fake" / "images", folders / "real" / "images"
 

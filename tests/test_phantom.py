@@ -253,3 +253,23 @@ def test_a_strange_folder_and_strange_numbers_are_refused(tmp_path):
     with pytest.raises(data.BadInput, match="--n: expected at least 1, got 0"):
         phantom.main(["--out", str(tmp_path / "p"), "--n", "0"])
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("flag, value, bound", [("--n", 10**9, 10**6), ("--size", 100_000, 2048),
+                                                ("--seed", 2**64, 2**64 - 1)])
+def test_numbers_beyond_their_bounds_are_refused(tmp_path, flag, value, bound):
+    with pytest.raises(data.BadInput, match=f"{flag}: expected at most {bound}, got {value}"):
+        phantom.main(["--out", str(tmp_path / "p"), "--n", "1", flag, str(value)])
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("link", ["p", "p/images"])
+@pytest.mark.parametrize("target", ["absent", "self"])
+def test_a_link_to_nowhere_is_named(tmp_path, link, target):
+    link = tmp_path / link
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(link if target == "self" else tmp_path / target)
+    with pytest.raises(data.BadInput, match=f"{link}: expected a folder, found a link to .*nowhere"):
+        phantom.main(["--out", str(tmp_path / "p"), "--n", "1"])
+    with pytest.raises(data.BadInput, match=f"{link}: "):
+        phantom.main(["--out", str(link / "below"), "--n", "1"])

@@ -262,3 +262,20 @@ def test_hidden_files_and_folders_are_no_part_of_a_model(tmp_path, reads):
         (tmp_path / "m" / name).write_text("x")
     files.folder_hash(tmp_path / "m")
     assert reads == ["w"]
+
+
+def test_a_file_is_replaced_by_its_own_kind_only(tmp_path):
+    contents = {"own.json": '{"fid": 1}', "other.json": '{"step": 1}', "list.json": "[1]", "x": "x"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+
+    def check(**paths):
+        files.check_replaced(**{flag: (path, "a result", lambda p: files.is_json_with(p, "fid"))
+                                for flag, path in paths.items()})
+
+    check(json=tmp_path / "own.json", sheet=None, out=tmp_path / "new.json")
+    for name in ("other.json", "list.json", "x", "."):
+        with pytest.raises(BadInput, match="--real-stats .*would be replaced and is not a result"):
+            check(real_stats=tmp_path / name)
+    with pytest.raises(BadInput, match="--a and --b both name"):
+        check(a=tmp_path / "new", b=tmp_path / "." / "new")
