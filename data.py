@@ -56,8 +56,8 @@ def read_folder(folder, captions=None) -> list[Record]:
     """The images that the captions name, one Record each, in the order of their first rows."""
     source, records = captions_file(folder, captions), {}
     for row, name, path, prompts in read_rows(folder, source):
-        if not all(prompts):
-            raise BadInput(f"{source}, row {row}: the prompt is empty")
+        if why := prompt_fault(prompts):
+            raise BadInput(f"{source}, row {row}: {why}")
         if path is None:
             raise BadInput(f"{source}, row {row}: no image {name!r} in {image_folder(folder)}"
                            + hint(name, other_files(folder)))
@@ -72,6 +72,15 @@ def read_rows(folder, source):
     find = image_finder(folder)
     for row, name, prompts in (read_jsonl if source.suffix == ".jsonl" else read_csv)(source):
         yield row, name, find(name), prompts
+
+
+def prompt_fault(prompts):
+    """Why a row's prompts cannot be used, or None."""
+    if not all(prompts):
+        return "the prompt is empty"
+    # JSON can escape what no UTF-8 text holds: one half of a pair of surrogates. No tokenizer takes it.
+    half = next((c for prompt in prompts for c in prompt if "\ud800" <= c <= "\udfff"), None)
+    return half and f"the prompt holds \\u{ord(half):04x}, half a character, expected text in UTF-8"
 
 
 def image_folder(folder):
@@ -136,7 +145,8 @@ def captions_file(folder, captions=None):
     folder = image_folder(folder).parent
     if captions:
         if not Path(captions).is_file():
-            raise BadInput(f"{captions}: no such captions file")
+            why = "not a file, expected a" if Path(captions).exists() else "no such"
+            raise BadInput(f"{captions}: {why} captions file")
         return Path(captions)
     for name in ("prompt-gt.csv", "metadata.jsonl"):
         if (folder / name).is_file():
@@ -164,7 +174,8 @@ def csv_rows(path, *columns):
     first, *lines = read_text(path).split("\n")
     delimiter = ";" if ";" in first else ","
     header = [c.lower() for c in csv_fields(path, 1, first, delimiter)]
-    places = [next((header.index(c) for c in names if c in header), None) for names, _ in columns]
+    found = [which_column(path, 1, header, names) for names, _ in columns]
+    places = [None if name is None else header.index(name) for name in found]
     for place, (names, needed) in zip(places, columns, strict=True):
         if needed and place is None:
             raise BadInput(f"{path}, row 1: expected a column {' or '.join(names)}, got {first[:80]!r}")
@@ -178,6 +189,19 @@ def csv_rows(path, *columns):
                 why = f"got {len(fields)}, the last ones empty: a {delimiter!r} too many"
             raise BadInput(f"{path}, row {row}: expected {len(header)} field{'s' * (len(header) > 1)}, {why}")
         yield row, [None if place is None else fields[place] for place in places]
+
+
+def which_column(path, row, found, names):
+    """The one of a column's names that is read, of all those found in a row in lower case, or None.
+
+    BadInput where one stands there twice; a note where several do.
+    """
+    there = [name for name in names if name in found]
+    if twice := [name for name in there if found.count(name) > 1]:
+        raise BadInput(f"{path}, row {row}: {twice[0]!r} stands there twice, expected one such column")
+    if len(there) > 1:
+        note(path, there[0], f"{path}, row {row}: {' and '.join(there)} mean the same, {there[0]!r} is read")
+    return there[0] if there else None
 
 
 def csv_fields(path, row, line, delimiter):
@@ -210,9 +234,10 @@ def read_prompts(path):
     """The prompts of a .txt file, one a line, or of a .csv with a Prompt column, in order."""
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no such file, expected prompts, one a line, or a csv with a Prompt column")
-    if path.suffix.lower() == ".txt":
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        why = "not a file" if path.exists() else "no such file"
+        raise BadInput(f"{path}: {why}, expected prompts, one a line, or a csv with a Prompt column")
+    if path.suffix.lower() == ".txt":                       # splitlines would end a line at U+2028 too
+        prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     elif path.suffix.lower() == ".csv":
         prompts = []
         for row, (prompt,) in csv_rows(path, (PROMPT_COLUMNS, True)):
@@ -231,18 +256,30 @@ def read_jsonl(path):
     for i, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadInput(f"{path}, row {i}: not JSON ({error})") from None
-        row = {k.lower(): v for k, v in row.items()} if isinstance(row, dict) else {}
-        name = next((row[c] for c in FILE_COLUMNS if c in row), None)
-        prompts = [next((row[c] for c in PROMPT_COLUMNS if c in row), None)]
-        prompts += [row["paraphrase"]] if row.get("paraphrase") else []
+        row = json_line(path, i, line)
+        keys = [k.lower() for k in row] if isinstance(row, dict) else []
+        row = dict(zip(keys, row.values(), strict=True)) if keys else {}
+        columns = FILE_COLUMNS, PROMPT_COLUMNS, ("paraphrase",)
+        name, *prompts = (row.get(which_column(path, i, keys, names)) for names in columns)
+        prompts = prompts if prompts[1] else prompts[:1]    # an empty paraphrase is none
         if not all(isinstance(x, str) for x in (name, *prompts)):
             raise BadInput(f'{path}, row {i}: expected {{"file_name": "...", "text": "..."}}, '
                            f"got {line.strip()[:80]}")
         yield i, name, [prompt.strip() for prompt in prompts]
+
+
+def json_line(path, row, text):
+    """The value of one line of a .jsonl file; BadInput for what is not JSON or has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=once_each)
+    except (ValueError, RecursionError) as error:           # ValueError: also a number of thousands of digits
+        raise BadInput(f"{path}, row {row}: not JSON ({error})") from None
+
+
+def once_each(pairs):
+    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands there twice")
+    return dict(pairs)
 
 
 # Images
@@ -500,12 +537,12 @@ def write_captions(folder, rows):
 def check(folder, captions, workers):
     """Print what a data folder holds; returns the exit status, 1 if it is unusable for training."""
     source = captions_file(folder, captions)
-    records, missing, empty, others = {}, [], [], other_files(folder)
+    records, missing, unfit, others = {}, [], [], other_files(folder)
     for row, name, path, prompts in read_rows(folder, source):
         if path is None:
             missing.append(f"row {row}: {name}{hint(name, others)}")
-        elif not all(prompts):
-            empty.append(f"row {row}: {name}")
+        elif why := prompt_fault(prompts):
+            unfit.append(f"row {row}: {name}: {why}")
         else:
             records.setdefault(path.name, Record(path, path.name, [])).prompts.extend(prompts)
     records = list(records.values())
@@ -540,7 +577,7 @@ def check(folder, captions, workers):
     print(f"{len(sizes)} sizes, most often " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
     print(f"{len(held_out)} images would be held out of training, the largest group of near-duplicates has "
           f"{max(map(len, groups), default=0)}")
-    for what, names in (("rows without their image", missing), ("rows with an empty prompt", empty),
+    for what, names in (("rows without their image", missing), ("rows with an unusable prompt", unfit),
                         ("unreadable images", unreadable), ("images without a prompt", unnamed),
                         (f"files that are not read, only {', '.join(SUFFIXES)} are", sorted(others)),
                         ("exact duplicates", same), ("groups of near-duplicates, kept in one split", near),
@@ -549,7 +586,7 @@ def check(folder, captions, workers):
                          "a word may be several tokens)", cut)):
         more = [f"and {len(names) - 20} more"] * (len(names) > 20)
         print("\n    ".join([f"{len(names)} {what}", *names[:20], *more]))
-    faults = [what for what, bad in (("images are missing", missing), ("prompts are empty", empty),
+    faults = [what for what, bad in (("images are missing", missing), ("prompts are unusable", unfit),
                                      ("no image has a prompt", not records),
                                      (f"more than {MAX_UNREADABLE:.0%} of the images are unreadable",
                                       len(unreadable) > MAX_UNREADABLE * len(records))) if bad]

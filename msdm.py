@@ -43,7 +43,7 @@ from runfolder import check_finite
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
 from unet import UNet, UNetConfig, in_its_dtype
 from vae import VAE, VAEConfig, reparameterise
-from weights import check_format, described_by, load_state
+from weights import check_fields, check_format, described_by, load_state
 
 # The model
 
@@ -59,6 +59,14 @@ class Diffusion:
     T: int = 1000
     image_size: int = 256  # pixels
     guidance: float = 4.5  # default of sampling; 1 is off
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.prediction not in ("eps", "v"):
+            raise BadInput(f"Diffusion: prediction={self.prediction!r:.100}, expected eps or v")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise BadInput(f"Diffusion: beta_start={self.beta_start}, beta_end={self.beta_end}, expected "
+                           "0 < beta_start <= beta_end < 1")
 
     def alpha_bar(self):
         return schedule(self.schedule, self.T, self.beta_start, self.beta_end)
@@ -145,11 +153,33 @@ FORMAT = 2  # of the files that this code writes
 
 
 def load_meta(path):
-    """The metadata of a checkpoint, read without its tensors."""
+    """The metadata of a checkpoint, read without its tensors; BadInput unless they describe a model."""
     meta = load_metadata(path)
     check_format(path, meta, "msdm", FORMAT,
                  "train it anew with msdm.py, or import released weights again with release.py")
+    with described_by(path):
+        configs(meta)
+        if meta["preset"] not in TRAINING:
+            raise BadInput(f"preset={meta['preset']!r:.100}, expected one of {', '.join(TRAINING)}")
     return meta
+
+
+def configs(meta):
+    """(UNetConfig, VAEConfig, TextConfig or None, Diffusion) of a checkpoint's metadata; they fit."""
+    unet, vae = UNetConfig(**meta["unet"]), VAEConfig(**meta["vae"])
+    text = TextConfig(**meta["text"]["train"]) if "train" in meta["text"] else None
+    diffusion = Diffusion(**meta["diffusion"])
+    diffusion.alpha_bar()
+    if unet.in_channels != vae.latent_channels:
+        raise BadInput(f"in_channels={unet.in_channels}, latent_channels={vae.latent_channels}")
+    if text and unet.text_dim != text.dim:
+        raise BadInput(f"text_dim={unet.text_dim}, the text encoder has {text.dim}")
+    if diffusion.image_size % (multiple := 2 ** (len(vae.channels) + len(unet.channels) - 3)):
+        raise BadInput(f"image_size={diffusion.image_size}, expected a multiple of {multiple}")
+    if not text and not (isinstance(meta["text"]["name"], str) and type(meta["text"]["length"]) is int
+                         and meta["text"]["length"] > 0):
+        raise BadInput("text: expected the name of a text encoder and a number of tokens")
+    return unet, vae, text, diffusion
 
 
 def load(path, device="cpu", text_encoder=None) -> MSDM:
@@ -165,10 +195,8 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     with described_by(path), torch.device("meta"):
-        unet, vae = UNet(UNetConfig(**meta["unet"])), VAE(VAEConfig(**meta["vae"]))
-        text = TextTransformer(TextConfig(**meta["text"]["train"])) if "train" in meta["text"] else None
-        diffusion, preset = Diffusion(**meta["diffusion"]), meta["preset"]
-        diffusion.alpha_bar()
+        unet, vae, text, diffusion = configs(meta)
+        unet, vae, text = UNet(unet), VAE(vae), text and TextTransformer(text)
     load_state(unet, part("unet."), path)
     load_state(vae, part("vae."), path)
     if text is None:
@@ -177,7 +205,7 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
         raise BadInput(f"--text-encoder {text_encoder}: {path} holds a text encoder of its own")
     else:
         load_state(text, part("text."), path)
-    model = MSDM(unet, vae, text, diffusion, preset)
+    model = MSDM(unet, vae, text, diffusion, meta["preset"])
     model.unet.base = {"name": Path(path).name, "hash": file_hash(path)}  # what an adapter belongs to
     return model.to(device).eval().requires_grad_(False)
 

@@ -28,8 +28,8 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 SIDE = 24               # of thumbnails, pixels
 
-# From 2 x 2^26 pixels on PIL refuses an image as a decompression bomb; up to there it only warns, in two
-# lines. It also warns of damaged EXIF, which open_image reads past.
+# Above twice Image.MAX_IMAGE_PIXELS, 178,956,970 pixels, PIL refuses an image as a decompression bomb; from
+# half of that on it warns, in two lines. It also warns of damaged EXIF, which open_image reads past.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
@@ -56,6 +56,9 @@ def said_in_one_line(path):
         yield
     except FileNotFoundError:
         raise BadInput(f"{path}: no such image") from None
+    except Image.DecompressionBombError:
+        most = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels (width x height), the most that is read"
+        raise BadInput(f"{path}: more than {most}, against decompression bombs; make it smaller") from None
     except UnidentifiedImageError:
         why = "is no JPEG or PNG" if Path(path).stat().st_size else "is empty"
         raise BadInput(f"{path}: the file {why}") from None

@@ -285,7 +285,7 @@ class Run:
         path, lines = self.folder / "metrics.jsonl", []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict)]
 

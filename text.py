@@ -18,6 +18,7 @@ from torch import nn
 
 from files import text_hash
 from unet import attention
+from weights import check_fields
 
 
 def warn_of_cut(encoder, prompts):
@@ -44,6 +45,13 @@ class TextConfig:
     dim: int = 128
     n_layers: int = 2
     n_heads: int = 4
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.length > 4096:  # memory grows with its square, and no tensor of a file tells it
+            raise BadInput(f"TextConfig: length={self.length}, expected at most 4096 tokens")
+        if self.dim % self.n_heads:
+            raise BadInput(f"TextConfig: dim={self.dim} is not divisible by {self.n_heads} heads")
 
 
 class TextLayer(nn.Module):
@@ -88,6 +96,8 @@ class TextTransformer(nn.Module):
 
         self.config = config
         self.tokenizer = Tokenizer.from_str(config.tokenizer)
+        if max(self.tokenizer.get_vocab().values(), default=0) >= config.vocab:
+            raise BadInput(f"TextConfig: vocab={config.vocab}, but the tokenizer has more tokens")
         self.tokenizer.enable_truncation(config.length)
         self.tokenizer.enable_padding(length=config.length, pad_id=0, pad_token="<pad>")
         self.tokens = nn.Embedding(config.vocab, config.dim)
@@ -191,6 +201,8 @@ class FrozenCLIP(TextEncoderReference):
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = CLIPTextModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
             self.model = model.eval().requires_grad_(False)
+            if length > (most := model.config.max_position_embeddings):
+                raise BadInput(f"it reads at most {most} tokens, {length} are asked for")
         except MemoryError:
             raise
         except Exception as error:  # a file that transformers cannot use shows in many ways

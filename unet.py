@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from weights import check_fields
+
 
 @dataclass
 class UNetConfig:
@@ -35,6 +37,7 @@ class UNetConfig:
     coord_conv: bool = False
 
     def __post_init__(self):
+        check_fields(self)
         self.channels = tuple(self.channels)
         for ch in self.channels:
             if ch % 32 or ch % self.n_heads:

@@ -27,7 +27,7 @@ import training
 from files import file_hash, load_safetensors, read_state
 from optim import Optimizers, lr_factor
 from unet import ResBlock, zero_init
-from weights import check_format, described_by, load_state
+from weights import check_fields, check_format, described_by, load_state
 
 
 @dataclass
@@ -36,7 +36,10 @@ class VAEConfig:
     latent_channels: int = 8
 
     def __post_init__(self):
+        check_fields(self)
         self.channels = tuple(self.channels)
+        if len(self.channels) < 2:
+            raise BadInput(f"VAEConfig: channels={self.channels}, expected those of two levels or more")
 
 
 PRESETS = {

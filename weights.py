@@ -8,8 +8,9 @@ from command import BadInput, reason
 
 import contextlib
 import functools
-import math
 import re
+import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -125,11 +126,21 @@ def described_by(path):
     """`with described_by(path):` builds a model of a checkpoint's metadata; BadInput if that fails."""
     try:
         yield
-    except BadInput:
-        raise
     except Exception as error:  # wrong sizes, kinds or names fail somewhere inside the network
         raise BadInput(f"{path}: its metadata do not describe a model ({reason(error)}); the file is damaged "
                        "or of another version: train or import it anew") from None
+
+
+def check_fields(config):
+    """BadInput for a field of a config dataclass that is not of its default's kind, or out of bounds.
+
+    A file's metadata may hold anything; a size of 10^10 would be allocated, not refused.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        default = field.type() if field.default is MISSING else field.default
+        if (expected := _expected(field.name, value, default)) is not None:
+            raise BadInput(f"{type(config).__name__}: {field.name}={value!r:.100}, expected {expected}")
 
 
 def check_config(config, source, kind, defaults, allowed):
@@ -166,7 +177,7 @@ def _expected(key, value, default):
         return None if whole and low <= value <= high else f"one whole number from {low} to {high}"
     if isinstance(default, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if number and 0 <= value < math.inf else "one finite number from 0"
+        return None if number and 0 <= value <= sys.float_info.max else "one finite number from 0"
     if isinstance(default, str):
         return None if isinstance(value, str) else "a string"
     return None

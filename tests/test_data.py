@@ -119,6 +119,50 @@ def test_bad_jsonl_names_the_row(folder, line):
         data.read_folder(folder)
 
 
+@pytest.mark.parametrize("line, said", [
+    ('{"file_name": "a", "text": "x", "n": ' + "1" * 5000 + "}", "row 2: not JSON .*5000 digits"),
+    ("[" * 200_000, "row 2: not JSON"),
+    ('{"file_name": "a", "text": "x \\ud800 y"}', r"row 2: the prompt holds \\ud800, half a character"),
+    ('{"file_name": "a", "text": "x", "text": "y"}', "row 2: not JSON .*the key 'text' stands there twice"),
+    ('{"file_name": "a", "text": "x", "Text": "y"}', "row 2: 'text' stands there twice"),
+])
+def test_a_row_of_jsonl_that_no_training_can_use_is_refused(folder, capsys, line, said):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a", "text": "x"}\n' + line + "\n")
+    with pytest.raises(BadInput, match="metadata.jsonl, " + said):
+        data.read_folder(folder)
+    if "half a character" in said:
+        assert data.main(["check", "--data", str(folder)]) == 1
+        assert "unusable: prompts are unusable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("header", ["Prompt,prompt,Filename", "text,image,image", "text,image,text"])
+def test_one_column_twice_is_refused(folder, header):
+    (folder / "prompt-gt.csv").write_text(header + "\na,a,a\n")
+    with pytest.raises(BadInput, match="row 1: '.*' stands there twice"):
+        data.read_folder(folder)
+
+
+def test_which_of_two_names_of_a_column_is_read_is_said(folder, capsys):
+    pixels.said.clear()
+    (folder / "prompt-gt.csv").write_text("image,Filename,text,Prompt\nb,a,one,two\n")
+    assert [(r.name, r.prompts) for r in data.read_folder(folder)] == [("a.jpg", ["two"])]
+    err = capsys.readouterr().err
+    assert "filename and image mean the same, 'filename' is read" in err and err.count("\n") == 2
+    row = '{"caption": "one", "text": "two", "file_name": "a"}\n'
+    (folder / "m.jsonl").write_text(row * 2)
+    assert data.read_folder(folder, folder / "m.jsonl")[0].prompts == ["two", "two"]
+    said = f"{folder / 'm.jsonl'}, row 1: text and caption mean the same, 'text' is read\n"
+    assert capsys.readouterr().err == said
+
+
+def test_captions_that_are_no_file_are_not_called_absent(folder):
+    os.mkfifo(folder / "pipe.csv")
+    for path in (folder, folder / "pipe.csv", Path("/dev/zero")):
+        for read in (lambda: data.read_folder(folder, path), lambda: data.read_prompts(path)):   # noqa: B023
+            with pytest.raises(BadInput, match=f"{path}: not a file, expected"):
+                read()
+
+
 def test_missing_folders_and_files(folder, tmp_path):
     with pytest.raises(BadInput, match="nowhere: no such folder"):
         data.read_folder(tmp_path / "nowhere")
@@ -273,7 +317,8 @@ def test_only_formats_of_images_are_decoded(tmp_path):
 def test_bombs_and_endless_strips_are_one_line(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     Image.new("1", (70000, 1)).save(tmp_path / "strip.png")
-    for name, why in (("bomb.png", "decompression bomb"), ("strip.png", "sides of at most 65535")):
+    for name, why in (("bomb.png", "178,956,970 pixels .width x height.*decompression bomb"),
+                      ("strip.png", "sides of at most 65535")):
         with pytest.raises(BadInput, match=why) as error:
             data.open_image(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -814,7 +859,7 @@ def test_check_says_what_is_held_out_cut_and_not_read(folder, capsys):
 
 
 @pytest.mark.parametrize("row, expected", [("x;lost.jpg", "1 rows without their image\n    row 5: lost.jpg"),
-                                           (" ;c", "1 rows with an empty prompt\n    row 5: c")])
+                                           (" ;c", "1 rows with an unusable prompt\n    row 5: c: the")])
 def test_check_says_what_makes_a_folder_unusable(folder, capsys, row, expected):
     data.write_captions(folder, ROWS)
     with open(folder / "prompt-gt.csv", "a") as f:
@@ -877,6 +922,8 @@ def read_prompts(tmp_path, name, content):
 
 def test_prompts_come_out_of_a_file_as_other_programs_write_it(tmp_path):
     assert read_prompts(tmp_path, "p.txt", b"\xef\xbb\xbfone\r\n\r\n two \n") == ["one", "two"]
+    within = "a\u2028b\u0085c\fd"                           # one prompt: no other editor ends a line there
+    assert read_prompts(tmp_path, "p.txt", f"{within}\rnext\n".encode()) == [within, "next"]
     assert read_prompts(tmp_path, "p.csv",
                         b'\xef\xbb\xbfFilename,Prompt\r\na,"one, or two"\r\n\r\nb,three\r\n') == \
         ["one, or two", "three"]

@@ -77,6 +77,35 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         msdm.load(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize("part, field, value", [
+    ("diffusion", "guidance", "high"), ("diffusion", "guidance", float("nan")),
+    ("diffusion", "image_size", 2**20), ("diffusion", "image_size", 30),
+    ("diffusion", "beta_start", 2.0), ("diffusion", "beta_end", 0.001),
+    ("diffusion", "T", 10**9), ("diffusion", "prediction", "x"), ("diffusion", "schedule", "x"),
+    ("train", "n_heads", 0), ("train", "n_heads", 3), ("train", "length", 10**10),
+    ("train", "n_layers", 10**9),
+    ("train", "vocab", 2), ("train", "vocab", "2"), ("train", "dim", 64), ("train", "tokenizer", None),
+    ("unet", "n_heads", 0), ("unet", "channels", 32), ("unet", "channels", [32] * 99),
+    ("unet", "dropout", "0"), ("unet", "in_channels", 5), ("unet", "coord_conv", "no"),
+    ("vae", "channels", [8]), ("vae", "latent_channels", -1)])
+def test_metadata_that_describe_no_model_are_one_line(tmp_path, part, field, value):
+    m, file = tiny_msdm(), tmp_path / "m.safetensors"
+    meta = m.metadata()
+    (meta["text"] if part == "train" else meta)[part][field] = value
+    save_safetensors(file, m.tensors(), meta)
+    with pytest.raises(BadInput, match=f"{file}: its metadata do not describe a model") as error:
+        msdm.load(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_metadata_are_checked_before_a_tensor_is_read(tmp_path):
+    for part, value in (("preset", "huge"), ("text", {"name": 3, "length": 64}), ("unet", None),
+                        ("text", {"name": "a/b", "length": "64"})):
+        save_safetensors(tmp_path / "m.safetensors", {}, tiny_msdm().metadata() | {part: value})
+        with pytest.raises(BadInput, match="its metadata do not describe a model"):
+            msdm.load_meta(tmp_path / "m.safetensors")
+
+
 def test_an_adapter_on_another_checkpoint_is_said_in_one_line(tmp_path, capsys):
     for name, seed in (("one", 1), ("other", 2)):
         m = tiny_msdm()
@@ -352,6 +381,11 @@ def test_joined_prompts_that_are_cut_are_told_before_training(folder, capsys):
     assert capsys.readouterr().err == ""
     msdm.CaptionSampler(records, records, tiny_msdm().text, 3, 0.2)
     assert "1 of 1 prompts is cut" in capsys.readouterr().err
+
+
+def test_more_tokens_than_a_text_encoder_reads_are_one_clear_line(clip):
+    with pytest.raises(BadInput, match="reads at most 77 tokens, 78 are asked for"):
+        texts.FrozenCLIP(str(clip), 78)
 
 
 def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
