@@ -6,6 +6,7 @@ written, a note says so, and each process reads the images anew.
 
 from command import BadInput
 
+import glob
 import hashlib
 import time
 
@@ -16,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from files import load_safetensors, save_safetensors, text_hash
+from files import load_safetensors, remove_unfinished, save_safetensors, text_hash
 from pixels import SIDE, batches, in_parallel, look, note
 
 # Near-duplicates
@@ -159,6 +160,7 @@ def write_seen(file, known):
 
 def write(file, tensors, metadata):
     try:
+        remove_unfinished(file.parent, glob.escape(file.name))
         save_safetensors(file, tensors, metadata)
     except (OSError, ValueError) as error:                  # ValueError: a folder's name that is not UTF-8
         note(file.parent, "cache", f"not cached: {file}: {getattr(error, 'strerror', None) or error}")

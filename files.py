@@ -9,6 +9,7 @@ from command import BadInput, reason
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -291,6 +292,7 @@ def cached(path, make, write=True):
 def save_or_say(path, tensors, metadata=None):
     """save_safetensors into a cache, which may be read-only or full: then a line says so."""
     try:
+        remove_unfinished(Path(path).parent, glob.escape(Path(path).name))
         save_safetensors(path, tensors, metadata)
     except OSError as error:
         print(f"not cached: {path}: {error.strerror}", file=sys.stderr)
@@ -322,20 +324,28 @@ def _advise(mapping, what):
 DTYPES = {torch.float16: "F16", torch.float32: "F32"}  # as safetensors names them
 
 
+CHECKED = 1 << 30
+
+
 def cached_rows(path, name, n, make, metadata, write=True) -> Mapped:
     """The tensor of n rows in a safetensors file with this metadata; where there is none, it is made.
 
     make() -> iterator of parts of it, which are written one by one: the whole is never in memory. Where the
-    file cannot be written, an unnamed temporary one holds them as long as this process needs them. Unlike in
-    cached, the values of a file that is there are not read: what makes them has checked them.
+    file cannot be written, an unnamed temporary one holds them as long as this process needs them. As in
+    cached a file with NaN or infinity is made again; above CHECKED bytes, which take seconds to read, a
+    training finds it by its loss.
     """
     with contextlib.suppress(BadInput, OSError, KeyError), open(path, "rb") as f:
         if load_metadata(path) == metadata and len(rows := map_rows(f, name)) == n:
-            return rows
+            parts = range(0, n if rows.nbytes <= CHECKED else 0, 1024)
+            if all(rows[i:i + 1024].isfinite().all() for i in parts):
+                return rows
+            print(f"{path}: holds values that are not finite, made again", file=sys.stderr)
     if write:
         try:
             parts = make()
             parts = itertools.chain([next(parts)], parts)  # an error in the first leaves not even a folder
+            remove_unfinished(path.parent, glob.escape(path.name))
             with replacing(path) as tmp, open(tmp, "wb") as f:
                 write_rows(f, name, n, parts, metadata)
             with open(path, "rb") as f:

@@ -739,9 +739,14 @@ def test_rows_in_a_file_are_whole_or_absent(tmp_path, capsys):
     assert torch.equal(files.load_safetensors(file)[0]["moments"], rows)
     files.save_safetensors(tmp_path / "s.safetensors", {"moments": rows}, {"names": ["\u00e9"]})
     assert file.read_bytes() == (tmp_path / "s.safetensors").read_bytes()           # as others write it
-    for other in (file.read_bytes()[:-1], b""):
+    broken = bytearray(file.read_bytes())
+    broken[-2:] = b"\xff\xff"  # NaN
+    left = file.with_name(".r.99999999000001.safetensors")  # of a process that was killed
+    for other in (file.read_bytes()[:-1], b"", broken):
         file.write_bytes(other)
+        left.touch()
         assert torch.equal(files.cached_rows(file, "moments", 10, make, {"names": ["\u00e9"]}), rows)
+        assert file in file.parent.iterdir() and not left.exists()
     assert len(files.cached_rows(file, "moments", 4, lambda: make(4), {"names": []})) == 4
     (tmp_path / "file").touch()
     aside = files.cached_rows(tmp_path / "file" / "r.safetensors", "moments", 10, make, {})

@@ -279,3 +279,11 @@ def test_a_file_is_replaced_by_its_own_kind_only(tmp_path):
             check(real_stats=tmp_path / name)
     with pytest.raises(BadInput, match="--a and --b both name"):
         check(a=tmp_path / "new", b=tmp_path / "." / "new")
+
+
+def test_a_cache_removes_what_a_killed_process_left_of_it_and_nothing_else(tmp_path):
+    left, other = tmp_path / ".c[1].99999999000001.safetensors", tmp_path / ".d.99999999000001.safetensors"
+    left.touch()
+    other.touch()
+    files.cached(tmp_path / "c[1].safetensors", lambda: ({"x": torch.ones(2)}, None))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "c[1].safetensors"]
