@@ -74,10 +74,15 @@ def read_rows(folder, source):
         yield row, name, find(name), prompts
 
 
+LONGEST = 100_000  # characters of a prompt: text encoders read a few hundred
+
+
 def prompt_fault(prompts):
     """Why a row's prompts cannot be used, or None."""
     if not all(prompts):
         return "the prompt is empty"
+    if (n := max(map(len, prompts), default=0)) > LONGEST:
+        return f"the prompt has {n} characters, expected at most {LONGEST}"
     # JSON can escape what no UTF-8 text holds: one half of a pair of surrogates. No tokenizer takes it.
     half = next((c for prompt in prompts for c in prompt if "\ud800" <= c <= "\udfff"), None)
     return half and f"the prompt holds \\u{ord(half):04x}, half a character, expected text in UTF-8"
@@ -209,7 +214,7 @@ def csv_fields(path, row, line, delimiter):
 
     Quotes that are not csv's, as around the first word of a prompt, are kept as they are.
     """
-    if len(line) > 100_000:
+    if len(line) > LONGEST:
         raise BadInput(f"{path}, row {row}: a line of {len(line)} characters, expected a prompt and a name")
     if '"' not in line:
         return [field.strip() for field in line.split(delimiter)]

@@ -263,9 +263,9 @@ def read_prompts(args):
     if not all(prompt.strip() for prompt in prompts):
         raise BadInput("--prompt: an empty text, which no row of prompts.csv may hold; for images of no "
                        "prompt give any, with --guidance 0")
-    for prompt in (*prompts, args.negative_prompt):
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise BadInput(f"prompt {prompt!r:.100}: expected text in UTF-8")
+    for prompt in filter(None, (*prompts, args.negative_prompt)):
+        if why := data.prompt_fault([prompt]):
+            raise BadInput(f"prompt {prompt[:80]!r}: {why}")
     if (total := len(prompts) * args.n) > MOST_IMAGES:
         raise BadInput(f"-n {args.n}: {total} images, expected at most {MOST_IMAGES}, the names' six digits")
     if args.seed + total - 1 >= 2**64:

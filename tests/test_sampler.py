@@ -104,6 +104,7 @@ def test_seeds_of_64_bits(loads, tmp_path, seed):
     (["--guidance", "nan"], "--guidance nan"), (["--guidance", "inf"], "--guidance inf"),
     (["-n", 10**12], "1000000000000 images, expected at most 1000000"), (["-n", 0], "-n 0"),
     (["--prompt", "caf\udce9"], "expected text in UTF-8"),
+    (["--prompt", "x" * 100_001], "the prompt has 100001 characters, expected at most 100000"),
     (["--negative-prompt", "\udce9"], "expected text in UTF-8")])
 def test_flags_are_refused_before_the_model_is_loaded(loads, tmp_path, flags, said):
     with pytest.raises(BadInput, match=said):
