@@ -8,7 +8,7 @@ validates where it stops. Nothing that is not finite is ever saved.
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
-from command import BadInput, at_least_one, best_device, check_range, fast_dtype, to_device
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, reason, to_device
 
 import argparse
 import atexit
@@ -236,19 +236,21 @@ class Recorded:
     def _record(self, batch, weight):
         own = Batch(**{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(batch).items()})
         before = [None if p.grad is None else p.grad.clone() for p in self.params]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory
-            for _ in range(3):
-                (weight * self.objective.loss(own)).backward()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = weight * self.objective.loss(own)
-            loss.backward()
-        for p, grad in zip(self.params, before, strict=True):
-            if p.grad is not None:
-                p.grad.zero_() if grad is None else p.grad.copy_(grad)
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory
+                for _ in range(3):
+                    (weight * self.objective.loss(own)).backward()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = weight * self.objective.loss(own)
+                loss.backward()
+        finally:
+            for p, grad in zip(self.params, before, strict=True):
+                if p.grad is not None:
+                    p.grad.zero_() if grad is None else p.grad.copy_(grad)
         return graph, own, loss.detach()
 
 
@@ -289,7 +291,14 @@ class Step:
         """
         part = self.objective.on_device(part)
         if self.recorded is not None:
-            return self.recorded(part, weight)
+            try:
+                return self.recorded(part, weight)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                print(f"the step cannot be recorded as a CUDA graph ({reason(error)}): it runs without, more "
+                      "slowly", file=sys.stderr)
+                self.recorded = None
         with contextlib.nullcontext() if is_last or self.world.size == 1 else self.loss.no_sync():
             loss = weight * self.loss(part)
             loss.backward()

@@ -444,6 +444,23 @@ def test_the_ranks_share_a_batch():
     assert torch.equal(torch.cat(shares), training.batch_indices(50, 12, step=7, seed=1))
 
 
+def test_a_step_that_cannot_be_recorded_is_taken_without(capsys):
+    def unable(part, weight):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    results = []
+    for recorded in (None, unable):
+        params = {"p": torch.nn.Parameter(torch.arange(4.0))}
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+        objective = Objective(lambda b, p=params["p"]: p.square().sum() * b.x.mean())
+        step = training.Step(objective, params, optim.Optimizers(params, 0.1), None, ranks())
+        step.recorded = recorded
+        loss, norm = step(training.Batch(x=x), 1.0)
+        results.append([loss, norm, *(p.detach() for p in params.values())])
+    assert all(map(torch.equal, *results))
+    assert "cannot be recorded as a CUDA graph (operation not permitted" in capsys.readouterr().err
+
+
 def test_parts_of_a_batch_make_the_step_of_the_whole():
     def step(parts):
         torch.manual_seed(0)
