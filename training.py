@@ -13,6 +13,7 @@ from command import BadInput, at_least_one, best_device, check_range, fast_dtype
 import argparse
 import atexit
 import contextlib
+import gc
 import hashlib
 import math
 import os
@@ -282,7 +283,13 @@ class Step:
         self.recorded = Recorded(objective, params.values()) if record else None
         self.loss = Loss(objective, params)
         if world.size > 1:
-            self.loss = nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False)
+            self.loss = nn.parallel.DistributedDataParallel(self.loss)
+            atexit.register(self._leave)  # runs before start's destroy_process_group
+
+    def _leave(self):
+        """Let go of the process group, whose threads must end before Python does: else they may abort it."""
+        self.loss = None
+        gc.collect()  # it lies in cycles
 
     def backward(self, part, weight, is_last):
         """weight times the loss of a part of a batch, without gradient; adds to the gradients.

@@ -107,10 +107,10 @@ class Captions:
         self.mask = (torch.arange(length) < torch.randint(8, length + 1, (n, 1), generator=g)).to(device)
 
     def draw(self, indices, generator):
-        return indices
+        return indices.tolist()
 
     def fields(self, indices):
-        return {"rows": indices}
+        return {"rows": torch.tensor(indices)}
 
     def encode(self, batch):
         return self.states[batch.rows], self.mask[batch.rows]
