@@ -44,7 +44,7 @@ from kandinsky import (
 )
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
-from optim import Optimizers, lr_factor
+from optim import Optimizers
 from runfolder import check_finite
 from weights import fetch
 
@@ -55,9 +55,8 @@ class Task:
 
     network: nn.Module
     objective: object  # draw_batch(indices, draws) -> Batch, loss(on_device(part of it)) -> scalar
-    n_images: int  # training images; draw_batch takes indices below it
     held_out: training.Batch
-    names: list  # of the training images
+    names: list  # of the training images; draw_batch takes indices below their number
     save_samples: object = None  # save_samples(step), if the network alone can generate images
 
 
@@ -79,8 +78,8 @@ def msdm_task(args, world):
     model.unet.to(memory_format=torch.channels_last)
     captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
     objective = msdm.Objective(model, latents, captions, args)
-    return run, Task(model.unet, objective, len(train), objective.held_out(val_latents, val),
-                     [r.name for r in train], lambda step: msdm.save_samples(run, step, model, val, args))
+    return run, Task(model.unet, objective, objective.held_out(val_latents, val), [r.name for r in train],
+                     lambda step: msdm.save_samples(run, step, model, val, args))
 
 
 # Kandinsky: training data after the frozen encoders
@@ -355,13 +354,13 @@ def kandinsky_task(args, world):
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
     names = [readable[i].name for i in images.tolist()]
-    return run, Task(network, objective, len(images), objective.held_out(val_images), names)
+    return run, Task(network, objective, objective.held_out(val_images), names)
 
 
 def readable_images(train, val, args):
     """(records that can be read, indices of the training images in them, of the held-out ones)."""
     records = data.read_folder(args.data, args.captions)
-    _, readable = data.load_images(records, 1)  # warns of those that are not
+    readable = data.Images(records, 1).records  # warns of those that are not, and remembers them
     position = {r.name: i for i, r in enumerate(readable)}
     images, val_images = (torch.tensor([position[r.name] for r in side if r.name in position])
                           for side in (train, val))
@@ -415,29 +414,23 @@ def train(args):
         with ema.applied():
             run.keep(step, validate(), save)
         run.save_progress(step, params, opt, ema)  # before the samples, which take long
-        if task.save_samples and world.is_main:
+        sample(step)
+
+    def sample(step):
+        if task.save_samples and world.is_main and step and not run.sheet(step).exists():
             network.eval()
             with ema.applied():
                 task.save_samples(step)
-            network.train()
+        network.train()
 
     start = run.restore(params, opt, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
         val_loss = validate()  # the base's: B = 0
         check_finite({"the validation loss": torch.tensor(val_loss)}, f"{args.model} without an adapter")
         run.log(step=0, val_loss=val_loss)
-    network.train()
+    sample(start)  # where a kill left none
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
-    for step in loop:
-        indices, draws = world.batch(task.n_images, run.batch_size, step, args.seed)
-        batch = objective.draw_batch(indices, draws)
-        factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = take_step(batch, factor, step + 1, [task.names[i] for i in indices])
-        if (step + 1) % args.log_every == 0:
-            loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
-        if (step + 1) % args.save_every == 0 or loop.last(step):
-            checkpoint(step + 1)
-    loop.finish()
+    loop.run(take_step, objective.draw_batch, task.names, run, args, checkpoint)
     if world.is_main:
         print(f"{run.result()}: validation loss {run.best:.4f}")
 

@@ -38,7 +38,7 @@ from diffusion import (
     to_x_0,
 )
 from files import cached_rows, file_hash, load_metadata, load_safetensors, text_hash
-from optim import Optimizers, lr_factor
+from optim import Optimizers
 from runfolder import check_finite
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
 from unet import UNet, UNetConfig, in_its_dtype
@@ -481,24 +481,19 @@ def train(args):
             meta = model.metadata() | {"step": step, "val_loss": val_loss, "data": fingerprint}
             run.keep(step, val_loss, lambda name: run.save_checkpoint(name, model.tensors(), meta))
         run.save_progress(step, params, opt, ema)  # before the samples, which take long
-        if world.is_main:
+        sample(step)
+
+    def sample(step):
+        model.eval()
+        if world.is_main and step and not run.sheet(step).exists():
             with ema.applied():
                 save_samples(run, step, model, val_records, args)
         model.unet.train()
 
     start = run.restore(params, opt, ema)
-    model.unet.train()
+    sample(start)  # where a kill left none
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
-    for step in loop:
-        indices, draws = world.batch(len(train_records), run.batch_size, step, args.seed)
-        batch = objective.draw_batch(indices, draws)
-        factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = take_step(batch, factor, step + 1, [train_records[i].name for i in indices])
-        if (step + 1) % args.log_every == 0:
-            loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
-        if (step + 1) % args.save_every == 0 or loop.last(step):
-            checkpoint(step + 1)
-    loop.finish()
+    loop.run(take_step, objective.draw_batch, [r.name for r in train_records], run, args, checkpoint)
     if world.is_main:
         print(f"{run.result()}: validation loss {run.best:.4f}")
 

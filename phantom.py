@@ -28,7 +28,6 @@ from command import BadInput, run_command
 import argparse
 import json
 import os
-import re
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import prompts
-from files import replacing
+from files import remove_unfinished, replacing
 
 MOST = 1_000_000                 # images; their names have six digits
 LARGEST = 2048                   # px; there a process takes 2 GB and some 20 s an image
@@ -500,9 +499,8 @@ def check_same(out, found, size, lines):
             if img.size != (size, size):
                 raise BadInput(f"{out / name}: expected {size} x {size} px, "
                                f"found {img.width} x {img.height} (--size)")
-    for path in [*out.glob(".*"), *(out / "images").glob(".*")]:          # files.replacing's names, no others
-        if re.fullmatch(r"\.(attributes\.\d+\.jsonl|prompt-gt\.\d+\.csv|\d{6}\.\d+\.png)", path.name):
-            path.unlink()
+    remove_unfinished(out, "attributes.jsonl", "prompt-gt.csv")
+    remove_unfinished(out / "images", "[0-9]*.png")
 
 
 @contextmanager

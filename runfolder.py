@@ -5,7 +5,7 @@ Nothing else is written over and nothing but our own unfinished files is removed
 is saved.
 """
 
-from command import BadInput
+from command import BadInput, reason
 
 import contextlib
 import errno
@@ -232,8 +232,7 @@ class Run:
             opt.load_state_dict(state["optimiser"])
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError,
                 AttributeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{self.state_file}: not a whole state of this run ({reason[:100]})"
+            raise BadInput(f"{self.state_file}: not a whole state of this run ({reason(error):.100})"
                            f"{self._way_out()}") from None
         return step
 

@@ -10,12 +10,13 @@
         --out out/msdm  # two GPUs, each with its share of the images
 """
 
-from command import BadInput, at_least_one, best_device, check_range, fast_dtype, run_command
+from command import BadInput, at_least_one, check_range, fast_dtype, run_command
 
 import argparse
 import csv
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,16 +47,6 @@ MOST_IMAGES = 1_000_000  # a request; their names have six digits
 # The model
 
 
-def own_device(name):
-    """The device of that name; of several processes on a machine each has a GPU of its own."""
-    size, _, local_rank = training.processes()
-    if size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return best_device(name)
-    device = best_device(f"cuda:{local_rank}")
-    torch.cuda.set_device(device)
-    return device
-
-
 def find_model(args):
     """(load, hashes) of --ckpt: load() returns the model with its adapters; hashes are of all files it reads.
 
@@ -67,7 +58,7 @@ def find_model(args):
             if getattr(args, flag):
                 raise BadInput(f"--{flag.replace('_', '-')} is not for {kind}, which --ckpt {args.ckpt} is")
 
-    device = own_device(args.device)
+    device = training.own_device(args.device)
     args.dtype = args.dtype or str(fast_dtype(device)).removeprefix("torch.")
     flags = ("lora", "prior_lora", "decoder_lora")
     hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
@@ -256,7 +247,7 @@ def parse(argv):
 def read_prompts(args):
     """The prompts of all images; BadInput if there are none, too many, or one that cannot be written."""
     # A line break becomes a space: a row of prompts.csv is one line.
-    own = [" ".join(prompt.splitlines()) for prompt in args.prompt or []]
+    own = [" ".join(re.split(r"[\r\n]+", prompt.strip("\r\n"))) for prompt in args.prompt or []]
     prompts = [*own, *(data.read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise BadInput("give --prompt TEXT or --prompts FILE")
@@ -282,7 +273,6 @@ def main(argv=None):
     asked = {k: given[k] for k in ("steps", "guidance") if given[k] is not None}
     check_folder(out, settings | asked)  # before files are hashed, then before weights are loaded
     world = training.start("cpu")  # gloo, whatever --device is: the processes only wait for each other
-    torch.backends.cudnn.benchmark = False  # unlike in training: its trials of algorithms take memory
     with world.together():
         load, hashes = find_model(args)
         check_folder(out, settings | asked | hashes)

@@ -13,6 +13,7 @@ from command import BadInput, at_least_one, best_device, check_range, fast_dtype
 import argparse
 import atexit
 import contextlib
+import functools
 import gc
 import hashlib
 import math
@@ -30,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+from optim import lr_factor
 from runfolder import Run, read_run
 
 # Processes
@@ -66,7 +68,6 @@ class Distributed:
     def batch(self, n, batch_size, step, seed):
         """This rank's part of a step's batch: its (batch_size,) indices below n, and its Draws."""
         part = range(self.rank * batch_size, (self.rank + 1) * batch_size)
-        torch.manual_seed(step_seed("dropout", seed, step, self.rank))
         indices = batch_indices(n, batch_size * self.size, step, seed)[part.start:part.stop]
         return indices, Draws(seed, step, part)
 
@@ -92,24 +93,28 @@ class Distributed:
             raise BadInput("another process of this command stopped; its own line says why")
 
 
+def own_device(name="auto"):
+    """command.best_device; of several processes on a machine each has a GPU of its own."""
+    size, _, local_rank = processes()
+    if size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return best_device(name)
+    device = best_device(f"cuda:{local_rank}")
+    torch.cuda.set_device(device)
+    return device
+
+
 def start(device="auto"):
-    """The Distributed of this process. All ranks build equal weights from one seed: nothing is broadcast."""
-    size, rank, local_rank = processes()
-    if size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{local_rank}"
-    device = best_device(device)
-    torch.backends.cudnn.benchmark = True  # the shapes of a training repeat: let cuDNN try its algorithms
+    """The Distributed of this process. All ranks build equal weights from one seed."""
+    size, rank, _ = processes()
+    device = own_device(device)
     if size > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         try:  # five minutes for the others to appear; later one may encode images for hours while they wait
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=size, timeout=timedelta(hours=24))
         except (dist.DistStoreError, dist.DistNetworkError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"WORLD_SIZE={size}: the processes did not find each other ({reason}); start them "
-                           "by torchrun, or unset WORLD_SIZE and RANK for one process") from None
+            raise BadInput(f"WORLD_SIZE={size}: the processes did not find each other ({reason(error)}); "
+                           "start them by torchrun, or unset WORLD_SIZE and RANK for one process") from None
         atexit.register(dist.destroy_process_group)  # an exit with an open group may abort other ranks
     return Distributed(rank, size, device)
 
@@ -170,17 +175,22 @@ def batch_indices(n, batch_size, step, seed):
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     out = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(positions // n):
-        order = np.random.default_rng([seed % 2**64, int(epoch)]).permutation(n)  # numpy: from 0
         here = positions // n == epoch
-        out[here] = order[positions[here] % n]
+        out[here] = epoch_order(n, int(epoch), seed)[positions[here] % n]
     return torch.from_numpy(out)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    """A permutation of range(n); that of 100,000 images takes a millisecond, each step reads of it."""
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(n)  # numpy's seeds are from 0
 
 
 # One step
 
 
 class Batch:
-    """Everything random of a step, by name: tensors or lists of one length, or None.
+    """Everything random of a step, by name: tensors or lists of one length.
 
     It is drawn for the whole batch and then cut into parts, so the parts equal the whole.
     """
@@ -189,16 +199,16 @@ class Batch:
         vars(self).update(fields)
 
     def __len__(self):
-        return next(len(v) for v in vars(self).values() if v is not None)
+        return len(next(iter(vars(self).values())))
 
     def __getitem__(self, part):
-        return Batch(**{k: None if v is None else v[part] for k, v in vars(self).items()})
+        return Batch(**{k: v[part] for k, v in vars(self).items()})
 
     def where_first(self, name):
         """The same with the rows first in which the field, a list, is true."""
         field = getattr(self, name)
         order = sorted(range(len(field)), key=lambda i: not field[i])
-        return Batch(**{k: v[order] if isinstance(v, torch.Tensor) else v and [v[i] for i in order]
+        return Batch(**{k: v[order] if isinstance(v, torch.Tensor) else [v[i] for i in order]
                         for k, v in vars(self).items()})
 
     def to(self, device):
@@ -279,6 +289,7 @@ class Step:
     def __init__(self, objective, params: dict, opt, ema, world, accumulate=1, record=True):
         self.objective, self.params, self.opt, self.ema, self.world = objective, params, opt, ema, world
         self.accumulate, self.unread = accumulate, None
+        torch.backends.cudnn.benchmark = True  # the shapes repeat: let cuDNN try its algorithms
         record = record and world.device.type == "cuda" and world.size == 1
         self.recorded = Recorded(objective, params.values()) if record else None
         self.loss = Loss(objective, params)
@@ -403,9 +414,9 @@ class EMA:
 
 
 class Loop:
-    """`for step in Loop(...)`: the steps from start, with a progress bar.
+    """run(...) takes the steps of a training; `for step in Loop(...)` counts them, with a progress bar.
 
-    It ends early, between two steps and on all ranks at once, after SIGINT (Ctrl-C), SIGTERM or `minutes`.
+    Both end early, between two steps and on all ranks at once, after SIGINT (Ctrl-C), SIGTERM or `minutes`.
     """
 
     def __init__(self, name, start, steps, world, minutes=None):
@@ -427,6 +438,24 @@ class Loop:
             self.bar.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
+
+    def run(self, take_step, draw_batch, names, run: Run, args, checkpoint):
+        """All steps, then finish().
+
+        take_step: a Step. draw_batch(indices, draws) -> Batch, indices below the number of names, which are
+        of the training images; checkpoint(number of steps taken) validates and saves.
+        """
+        for step in self:
+            torch.manual_seed(step_seed("dropout", args.seed, step, self.world.rank))
+            indices, draws = self.world.batch(len(names), run.batch_size, step, args.seed)
+            factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
+            loss, norm = take_step(draw_batch(indices, draws), factor, step + 1, [names[i] for i in indices])
+            if (step + 1) % args.log_every == 0:
+                take_step.settle()  # NaN ends the run, also in its log
+                self.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
+            if (step + 1) % args.save_every == 0 or self.last(step):
+                checkpoint(step + 1)
+        self.finish()
 
     def _stop(self, signum, frame):
         self.stopped_by = signum

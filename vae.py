@@ -25,7 +25,7 @@ from torch import nn
 import data
 import training
 from files import file_hash, load_safetensors, read_state
-from optim import Optimizers, lr_factor
+from optim import Optimizers
 from unet import ResBlock, zero_init
 from weights import check_fields, check_format, described_by, load_state
 
@@ -337,20 +337,16 @@ def train(args):
         vae.train()
         run.save_progress(step, vae.state_dict(), opt)
 
+    def draw(indices, draws):
+        upcoming, _ = world.batch(len(images), run.batch_size, draws.step + 1, args.seed)
+        some = images[indices]
+        images.begin(upcoming.tolist())
+        return draw_batch(vae, some, args.jitter, draws)
+
     vae.train()
     start = run.restore(vae.state_dict(), opt)
     loop = training.Loop(f"vae {args.preset}", start, args.steps, world, args.minutes)
-    for step in loop:
-        images.begin(world.batch(len(images), run.batch_size, step + 1, args.seed)[0].tolist())
-        indices, draws = world.batch(len(images), run.batch_size, step, args.seed)
-        batch = draw_batch(vae, images[indices], args.jitter, draws)
-        factor = lr_factor(step, args.warmup, args.steps if args.cosine else None)
-        loss, norm = take_step(batch, factor, step + 1, [images.records[i].name for i in indices])
-        if (step + 1) % args.log_every == 0:
-            loop.log(run, step + 1, loss, grad_norm=norm.item(), lr=factor * args.lr)
-        if (step + 1) % args.save_every == 0 or loop.last(step):
-            checkpoint(step + 1)
-    loop.finish()
+    loop.run(take_step, draw, [r.name for r in images.records], run, args, checkpoint)
     if world.is_main:
         print(f"{run.result()}: validation loss {run.best:.4f}, "
               f"latent scale {vae.latent_scale.item():.4f}")

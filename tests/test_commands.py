@@ -119,6 +119,16 @@ def test_the_checkpoints_hold_the_averaged_weights_and_the_state_the_raw_ones(ma
         assert meta["step"] == 3 and all(torch.equal(tensors[k], v) for k, v in state["ema"].items())
 
 
+def test_a_sheet_that_a_kill_left_out_is_made_by_the_next_start(made, tmp_path):
+    flags = ["msdm.py", *msdm_flags(made), "--save-every", 2, "--out", tmp_path]
+    in_process(*flags, "--steps", 2)
+    sheet = tmp_path / "samples/0000002.png"
+    before = sheet.read_bytes()
+    sheet.unlink()
+    in_process(*flags, "--steps", 2)
+    assert sheet.read_bytes() == before
+
+
 TWO_RANKS = """
 import sys, torch, msdm, training
 save = training.Run.save_progress

@@ -203,8 +203,8 @@ def test_the_same_command_again_writes_the_same_files(folder):
 def test_a_killed_run_leaves_nothing_behind(folder):
     before = files(folder)
     (folder / "images/000004.png").unlink()
-    (folder / "prompt-gt.csv").rename(folder / ".prompt-gt.77.csv")
-    (folder / "images/.000004.123456.png").write_bytes(b"half")
+    (folder / "prompt-gt.csv").rename(folder / ".prompt-gt.99999999000001.csv")     # number and six digits
+    (folder / "images/.000004.99999999000001.png").write_bytes(b"half")
     (folder / ".env.local.orig").write_text("somebody's")
     phantom.main(["--out", str(folder), "--n", "12", "--size", "32", "--seed", "3"])
     assert files(folder) == before | {".env.local.orig": b"somebody's"}

@@ -60,7 +60,7 @@ def test_a_share_of_the_images_is_the_same_in_parts():
         whole = training.Draws(0, 0, range(20)).share(p)
         assert sum(whole) == 20 * p
         assert whole == [x for i in range(0, 20, 4) for x in training.Draws(0, 0, range(i, i + 4)).share(p)]
-    batch = training.Batch(x=torch.arange(4), fed=[False, True, False, True], nothing=None).where_first("fed")
+    batch = training.Batch(x=torch.arange(4), fed=[False, True, False, True]).where_first("fed")
     assert batch.x.tolist() == [1, 3, 0, 2] and batch.fed == [True, True, False, False]
 
 
@@ -360,6 +360,21 @@ def test_a_signal_ends_the_loop_after_its_step_and_sets_the_exit_status():
     assert stopped.value.code == 130
 
 
+def test_what_is_not_finite_does_not_come_into_the_log(tmp_path):
+    class Late:  # as on a GPU, where a step is judged when its loss is read
+        def __call__(self, batch, factor, step, names):
+            return torch.tensor(math.nan), torch.tensor(math.nan)
+
+        def settle(self):
+            raise BadInput("the loss is nan")
+
+    run = training.Run(tmp_path, {"batch_size": 2}, "data", ranks())
+    args = argparse.Namespace(seed=0, warmup=0, cosine=False, steps=4, log_every=1, save_every=4)
+    with pytest.raises(BadInput, match="nan"):
+        training.Loop("late", 0, 4, ranks()).run(Late(), lambda *_: None, list("abcd"), run, args, None)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_one_rank_is_asked_to_stop_and_both_do(tmp_path):
     (tmp_path / "two.py").write_text(
         "import torch, training\n"
@@ -468,7 +483,7 @@ def test_parts_of_a_batch_make_the_step_of_the_whole():
         params, g = dict(net.named_parameters()), torch.Generator().manual_seed(1)
         x = torch.randn(10, 3, generator=g)
         opt = optim.Optimizers(params, 0.1)
-        batch = training.Batch(x=x, nothing=None, names=list("abcdefghij"))
+        batch = training.Batch(x=x, names=list("abcdefghij"))
         objective = Objective(lambda b: net(b.x).square().mean())
         take_step = training.Step(objective, params, opt, None, ranks(), parts)
         loss, norm = take_step(batch, 1.0)
@@ -476,5 +491,5 @@ def test_parts_of_a_batch_make_the_step_of_the_whole():
 
     for parts in (2, 3, 4, 10, 99):
         torch.testing.assert_close(step(parts), step(1))
-    assert [p.names for p in training.Batch(names=list("abcde"), none=None).chunk(2)] == [["a", "b", "c"],
+    assert [p.names for p in training.Batch(names=list("abcde")).chunk(2)] == [["a", "b", "c"],
                                                                                           ["d", "e"]]
