@@ -41,6 +41,7 @@ from gpu_speed import (  # noqa: E402
     stage_steps,
     stage_vae,
     without_tf32,
+    without_zeros,
 )
 
 import data  # noqa: E402
@@ -178,9 +179,8 @@ def small_msdm(device, seed=0):
                               dropout=0.0)
     model = msdm.MSDM(unets.UNet(config), vaes.VAE(vaes.PRESETS["tiny"]), text,
                       msdm.Diffusion(prediction="v", image_size=64))
-    for p in [*model.unet.parameters(), *model.vae.parameters()]:
-        if not p.any():  # the zeros at the exits
-            torch.nn.init.normal_(p, std=0.05)
+    without_zeros(model.unet, 0.05)  # those at the exits
+    without_zeros(model.vae, 0.05)
     return model.to(device).eval()
 
 
