@@ -20,9 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -31,17 +29,9 @@ import lora
 import msdm
 import training
 from diffusion import min_snr_weight, q_sample, target
-from files import cached, file_hash, folder_hash, read_json, text_hash
-from kandinsky import (
-    Kandinsky3,
-    clip_black,
-    clip_images,
-    clip_texts,
-    load_transformer,
-    pad_texts,
-    read_schedule,
-    warn_of_cut,
-)
+from encoders import clip_black, clip_images, clip_preprocessor, clip_texts, load_transformer, warn_of_cut
+from files import cached, file_hash, folder_hash, text_hash
+from kandinsky import Kandinsky3, pad_texts, read_schedule
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers
@@ -170,41 +160,6 @@ def load_autoencoder(folder, network, size):
         message = f"is not divisible by {multiple}, the downsampling of MoVQ and the U-Net together"
         raise BadInput(f"--size {size} {message}")
     return movq
-
-
-def clip_preprocessor(folder):
-    """Function from an RGB image to (3, s, s) for CLIP: short side to s (bicubic), centre crop, normalise."""
-    file = folder / "preprocessor_config.json"
-    c = {"do_rescale": True, "rescale_factor": 1 / 255} | read_json(file)  # older files lack these two
-    size = c.get("size")
-    side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
-    fixed = {"crop_size": (side, {"height": side, "width": side}), "resample": (3,),
-             "rescale_factor": (1 / 255,),
-             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,))}
-    wrong = [f"{k}={c.get(k)!r:.100}" for k, v in fixed.items() if c.get(k) not in v]
-    if type(side) is not int or side < 1:
-        wrong.append(f"size={size!r:.100}")
-    wrong += [f"{k}={c.get(k)!r:.100}, expected three numbers{more}"
-              for k, low, more in (("image_mean", -1e6, ""), ("image_std", 0, " above 0"))
-              if not _are_three(c.get(k), low)]
-    if wrong:
-        raise BadInput(f"{file}: not supported: {', '.join(wrong)}")
-    mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
-
-    def transform(img):
-        w, h = img.size
-        w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
-        left, top = (w - side) // 2, (h - side) // 2
-        img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-        return (torch.from_numpy(np.array(img)).permute(2, 0, 1) / 255 - mean) / std
-
-    return transform
-
-
-def _are_three(values, low):
-    """Whether a setting is three numbers above low."""
-    return isinstance(values, list) and len(values) == 3 and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and low < v < 1e6 for v in values)
 
 
 @torch.no_grad()

@@ -9,12 +9,10 @@ pipelines have the interface of sampler.py: defaults, T, networks, prepare(promp
 seeds, ...). The reference, below, is the published implementation: a seed of it gives the same image here.
 """
 
-from command import BadInput, best_device, reason, to_device
+from command import BadInput, best_device, to_device
 
 import contextlib
-import importlib
 import math
-import sys
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -26,12 +24,20 @@ from tqdm import tqdm
 import diffusion
 from data import to_uint8
 from diffusion import SOLVERS, denoiser, guided, sample_in_batches, seeded_noise
-from files import cached, folder_hash, read_json, refuse_pointer, save_or_say, text_hash
+from encoders import (
+    check_vocabulary,
+    clip_black,
+    clip_length,
+    clip_texts,
+    load_transformer,
+    warn_of_cut,
+)
+from files import cached, folder_hash, read_json, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
 from unet import in_its_dtype
-from weights import check_config, check_finite, fetch
+from weights import check_config, fetch
 
 # Schedules: a published scheduler_config.json in terms of diffusion.py
 
@@ -199,77 +205,11 @@ def one_image_at_a_time_on_cpu(sample_batch):
     return sample
 
 
-def load_transformer(cls, folder, dtype=None):
-    """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails.
-
-    No code of the folder is run, and nothing unpickled. An encoder whose full-precision file is absent is
-    read from the half-precision one.
-    """
-    folder = Path(folder)
-    if dtype is None:
-        settings = {"trust_remote_code": False}
-    else:
-        read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
-        for file in folder.glob("*.safetensors"):
-            refuse_pointer(file)
-        full = any(".fp16" not in f.name for f in folder.glob("*.safetensors"))
-        settings = {"dtype": dtype, "use_safetensors": True, "variant": None if full else "fp16"}
-    try:
-        loaded = cls.from_pretrained(folder, local_files_only=True, **settings)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file that transformers cannot use shows in many ways
-        why = f"{cls.__name__} does not load from it ({reason(error)})"
-        raise BadInput(f"{folder}: {_missing_packages(folder) or why}") from None
-    if dtype is None:
-        if loaded.pad_token is None:
-            raise BadInput(f"{folder}: the tokenizer has no padding token; expected tokenizer_config.json or "
-                           "special_tokens_map.json beside its vocabulary")
-        return loaded
-    check_finite(folder, dict(loaded.named_parameters()))
-    return loaded.requires_grad_(False).eval()
-
-
-def _missing_packages(folder):
-    """What to install for a tokenizer that lies there as sentencepiece's file only; None if nothing."""
-    if not any(folder.glob("*.model")) or (folder / "tokenizer.json").is_file():
-        return None
-    names = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-    missing = [name for module, name in names.items() if not _is_installed(module)]
-    return missing and f"its tokenizer needs {' and '.join(missing)}: pip install {' '.join(missing)}"
-
-
-def _is_installed(module):
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
-
-
-def check_vocabulary(folder, tokenizer, encoder):
-    """BadInput for a tokenizer of more tokens than its text encoder has embeddings for."""
-    if len(tokenizer) > encoder.config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text encoder reads "
-                       f"{encoder.config.vocab_size}: they do not belong together")
-
-
 def check_match(folder, what, expected, found):
     """BadInput for a part of a pipeline that belongs to another one."""
     if found != expected:
         raise BadInput(f"{folder}: {what}: expected {expected}, as in the prior, got {found}: they do not "
                        "belong together")
-
-
-def warn_of_cut(tokenizer, prompts, length):
-    """One line on stderr if prompts are longer than the length tokens that a text encoder reads."""
-    prompts = list(prompts)
-    tokens = tokenizer(prompts, verbose=False).input_ids if prompts else []
-    cut = [(p, ids) for p, ids in zip(prompts, tokens, strict=True) if len(ids) > length]
-    if cut:
-        lost = " ".join(tokenizer.decode(cut[0][1][length - 1:-1]).split()[:6])  # the end token is kept
-        print(f"warning: {len(cut)} of {len(prompts)} prompts are cut to the {length} tokens that the text "
-              f"encoder reads; of {cut[0][0][:40]!r}... is lost: {lost!r}...", file=sys.stderr)
 
 
 def check_size(size, multiple):
@@ -281,30 +221,6 @@ def check_size(size, multiple):
 
 
 # The pipeline of 2.2
-
-
-def clip_texts(text_encoder, tokenizer, prompts):
-    """(text embeddings (b, d), states (b, 77, d), mask (b, 77)); CLIP's text encoder itself gets no mask."""
-    tokens = tokenizer(prompts, padding="max_length", max_length=clip_length(text_encoder), truncation=True,
-                       return_tensors="pt").to(text_encoder.device)
-    out = text_encoder(tokens.input_ids)
-    return out.text_embeds, out.last_hidden_state, tokens.attention_mask.bool()
-
-
-def clip_length(text_encoder):
-    """The number of tokens that CLIP reads, 77; a tokenizer's own file need not say it."""
-    return text_encoder.config.max_position_embeddings
-
-
-def clip_images(image_encoder, pixels):
-    """CLIP embeddings (b, d) of images (b, 3, s, s) that are preprocessed for CLIP."""
-    return image_encoder(pixels.to(image_encoder.device, image_encoder.dtype)).image_embeds
-
-
-def clip_black(image_encoder):
-    """CLIP embedding (1, d) of a zero image, the decoder's null condition."""
-    size = image_encoder.config.image_size
-    return clip_images(image_encoder, torch.zeros(1, 3, size, size))
 
 
 class Kandinsky22:

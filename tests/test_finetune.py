@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor
 
 import data
 import diffusion
+import encoders
 import finetune
 import kandinsky
 import lora
@@ -214,7 +215,7 @@ def test_images_are_prepared_as_clip_does(made, size):
     img = image(0, *size)
     folder = made / "tiny22/prior/image_processor"
     theirs = CLIPImageProcessor.from_pretrained(folder)(img, return_tensors="pt")["pixel_values"][0]
-    ours = finetune.clip_preprocessor(folder)(img)
+    ours = encoders.clip_preprocessor(folder)(img)
     assert ours.shape == theirs.shape == (3, 32, 32)
     assert (ours - theirs).abs().mean() < 0.004  # half a grey value of 255: resizes round differently
 
@@ -230,7 +231,7 @@ def test_another_preparation_for_clip_is_refused(made, tmp_path, change, said):
     left = {k: v for k, v in config.items() if v is not None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(left))
     with pytest.raises(BadInput, match=said):
-        finetune.clip_preprocessor(tmp_path)
+        encoders.clip_preprocessor(tmp_path)
 
 
 def test_older_files_that_do_not_name_the_rescaling_are_read(made, tmp_path):
@@ -238,7 +239,7 @@ def test_older_files_that_do_not_name_the_rescaling_are_read(made, tmp_path):
     config = json.loads((folder / "preprocessor_config.json").read_text())
     left = {k: v for k, v in config.items() if "rescale" not in k}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(left))
-    ours = [finetune.clip_preprocessor(f)(image(0, 40, 32)) for f in (folder, tmp_path)]
+    ours = [encoders.clip_preprocessor(f)(image(0, 40, 32)) for f in (folder, tmp_path)]
     assert torch.equal(*ours)
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import diffusion
+import encoders
 import kandinsky
 import lora
 from data import to_uint8
@@ -93,17 +94,17 @@ def test_prior_and_towers_match_the_reference():
     folder, r = fixture("kandinsky-2-2-prior"), recorded("kandinsky-2-2-recorded.safetensors")
     towers = CLIPVisionModelWithProjection, folder / "image_encoder", torch.float32
     k = Kandinsky22(load_prior(folder / "prior"), None,
-                    kandinsky.load_transformer(CLIPTextModelWithProjection, folder / "text_encoder",
+                    encoders.load_transformer(CLIPTextModelWithProjection, folder / "text_encoder",
                                                torch.float32),
-                    kandinsky.load_transformer(CLIPTokenizer, folder / "tokenizer"),
-                    kandinsky.load_transformer(*towers), None, None, None)
+                    encoders.load_transformer(CLIPTokenizer, folder / "tokenizer"),
+                    encoders.load_transformer(*towers), None, None, None)
     embed, states, mask = k.encode_text([
         "Generate an image with 1 polyp.",
         "Generate an image with an abnormality located in the upper-right, lower-right, and center-right."])
     close(embed, r["text.text_embeds"], 1e-4)
     close(states, r["text.last_hidden_state"], 1e-4)
     assert torch.equal(mask, r["text.attention_mask"].bool())
-    close(kandinsky.clip_images(k.image_encoder, r["vision.pixel_values"]), r["vision.image_embeds"], 1e-4)
+    close(encoders.clip_images(k.image_encoder, r["vision.pixel_values"]), r["vision.image_embeds"], 1e-4)
     close(k.prior(r["prior.hidden_states"], r["prior.timestep"], embed, states, mask),
           r["prior.predicted_image_embedding"], 1e-4)
 
@@ -557,13 +558,13 @@ def test_folders_of_the_wrong_model_are_named(tmp_path):
     with pytest.raises(BadInput, match="not set: transformer_blocks.2.attn1.to_k.bias"):
         load_prior(tmp_path / "prior")
     with pytest.raises(BadInput, match="CLIPTextModelWithProjection does not load"):
-        kandinsky.load_transformer(CLIPTextModelWithProjection, tmp_path / "prior", torch.float32)
+        encoders.load_transformer(CLIPTextModelWithProjection, tmp_path / "prior", torch.float32)
 
 
 def test_a_folder_of_transformers_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
     encoder = tmp_path / "text_encoder"
     shutil.copytree(fixture("kandinsky-2-2-prior") / "text_encoder", encoder)
-    load = kandinsky.load_transformer
+    load = encoders.load_transformer
     tensors, _ = load_safetensors(encoder / "model.safetensors")
     expected = load(CLIPTextModelWithProjection, encoder, torch.float32).text_projection.weight
     (encoder / "model.safetensors").rename(encoder / "model.fp16.safetensors")  # the only precision there is
@@ -581,7 +582,7 @@ def test_a_folder_of_transformers_that_cannot_be_used_is_one_line(tmp_path, monk
         load(CLIPTextModelWithProjection, encoder, torch.float32)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/spiece.model").write_bytes(b"no model")
-    monkeypatch.setattr(kandinsky, "_is_installed", lambda module: module != "google.protobuf")
+    monkeypatch.setattr(encoders, "_is_installed", lambda module: module != "google.protobuf")
     with pytest.raises(BadInput, match="tokenizer: its tokenizer needs protobuf: pip install protobuf"):
         load(T5Tokenizer, tmp_path / "tokenizer")
 
@@ -593,7 +594,7 @@ def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path, k3):
             sentence_iterator=iter(PROMPTS * 50), model_writer=f, vocab_size=40, pad_id=0, eos_id=1, unk_id=2,
             bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
-    tokenizer = kandinsky.load_transformer(AutoTokenizer, tmp_path)
+    tokenizer = encoders.load_transformer(AutoTokenizer, tmp_path)
     assert len(tokenizer(PROMPTS[0]).input_ids) > 2
 
 

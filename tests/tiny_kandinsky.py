@@ -30,8 +30,8 @@ from transformers import (  # noqa: E402
     T5Tokenizer,
 )
 
+from encoders import clip_images  # noqa: E402
 from files import save_safetensors, write_json  # noqa: E402
-from kandinsky import clip_images  # noqa: E402
 from kandinsky_networks import build_decoder, build_prior, build_unet3  # noqa: E402
 from movq import build_movq  # noqa: E402
 from weights import rename  # noqa: E402
