@@ -188,10 +188,13 @@ def guided(network, cond, null, guidance):
 
     cond and null are tuples of equal shapes: the network's arguments after x_t and t. Those in more, of x_t's
     batch size, follow them. Both conditions pass in one batch; guidance 1 needs no unconditional pass.
+    A network with remember(*condition) is given what that returns, made once here.
     """
+    remember = getattr(network, "remember", lambda *condition: condition)
     if guidance == 1:
+        cond = remember(*cond)
         return lambda x_t, t, *more: (network(x_t, t, *cond, *more),) * 2
-    both = [torch.cat(pair) for pair in zip(null, cond, strict=True)]
+    both = remember(*(torch.cat(pair) for pair in zip(null, cond, strict=True)))
 
     def predict(x_t, t, *more):
         out = network(torch.cat([x_t, x_t]), torch.cat([t, t]), *both, *(torch.cat([m, m]) for m in more))

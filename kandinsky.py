@@ -36,7 +36,7 @@ from files import cached, folder_hash, read_json, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
-from unet import in_its_dtype
+from unet import InItsDtype
 from weights import check_config, fetch
 
 # Schedules: a published scheduler_config.json in terms of diffusion.py
@@ -308,7 +308,7 @@ class Kandinsky22:
         with on_device(self.text_encoder, self.device):
             cond, null = (self.encode_text(x) for x in (texts, [negative_prompt or ""] * len(texts)))
         with on_device(self.prior, self.device):
-            predict = guided(in_its_dtype(self.prior), cond, null, guidance)
+            predict = guided(InItsDtype(self.prior), cond, null, guidance)
             shape = (len(texts), self.prior.clip_mean.shape[-1])
             x_0 = solve(predict, self.prior_schedule, steps, solver, draw, shape, self.device)
             embeds = self.prior.denormalise(x_0)
@@ -333,13 +333,13 @@ class Kandinsky22:
     @torch.inference_mode()
     def _decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, draw, solver):
         shape = latent_shape(len(image_embeds), height, width, self.movq.factor)
-        predict = guided(in_its_dtype(self.decoder), (image_embeds,), (negative_image_embeds,), guidance)
 
         def eps_and_variance(x_t, t):  # guidance acts on eps only; the variance is the conditional one
             out, cond = predict(x_t, t)  # (b, 8, h, w) each
             return out[:, :4], cond[:, 4:]
 
         with on_device(self.decoder, self.device):
+            predict = guided(InItsDtype(self.decoder), (image_embeds,), (negative_image_embeds,), guidance)
             z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device)
         with on_device(self.movq, self.device):
             return decode_one_by_one(self.movq, z)
@@ -493,9 +493,9 @@ class Kandinsky3:
         cond, null = ((*pad_texts(row, n), torch.tensor(length))  # (b, n, d), (b, n), (b,)
                       for row, length in zip((texts, nulls), lengths, strict=True))
         cond, null = ([x.to(self.device) for x in row[:3 if own_length else 2]] for row in (cond, null))
-        predict = guided(in_its_dtype(self.unet), cond, null, guidance)
         shape = latent_shape(len(texts), height, width, 8)
         with on_device(self.unet, self.device):
+            predict = guided(InItsDtype(self.unet), cond, null, guidance)
             z = solve(predict, self.schedule, steps, solver, draw, shape, self.device)
         with on_device(self.movq, self.device):
             return decode_one_by_one(self.movq, z)

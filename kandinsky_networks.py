@@ -19,7 +19,16 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unet import AdaGroupNorm, Attention, AttentionBlock, GroupNorm, attention, timestep_embedding
+from unet import (
+    AdaGroupNorm,
+    Attention,
+    AttentionBlock,
+    GroupNorm,
+    Read,
+    attention,
+    through,
+    timestep_embedding,
+)
 from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
@@ -174,7 +183,7 @@ def upsample(x):
 class ImageAttention(nn.Module):
     """Self-attention of x (b, c, h, w) and cross-attention to tokens (b, n, token_dim) in one softmax.
 
-    The keys and values of both are concatenated.
+    The keys and values of both are concatenated. tokens may be a Kept.
     """
 
     def __init__(self, ch, token_dim, head_dim, groups):
@@ -188,8 +197,8 @@ class ImageAttention(nn.Module):
     def forward(self, x, tokens):
         h, w = x.shape[-2:]
         y = self.norm(x.flatten(2)).transpose(1, 2)                      # (b, h * w, c)
-        k = torch.cat([self.token_k(tokens), self.to_k(y)], dim=1)       # (b, n + h * w, c)
-        v = torch.cat([self.token_v(tokens), self.to_v(y)], dim=1)
+        k = torch.cat([through(self.token_k, tokens), self.to_k(y)], dim=1)  # (b, n + h * w, c)
+        v = torch.cat([through(self.token_v, tokens), self.to_v(y)], dim=1)
         y = self.to_out[0](attention(self.to_q(y), k, v, self.n_heads))  # (b, h * w, c)
         return rearrange(y, "b (h w) c -> b c h w", h=h, w=w) + x
 
@@ -209,7 +218,8 @@ class DecoderLevel(nn.Module):
 class Decoder(nn.Module):
     """forward(z, t, image_embed) -> (b, 8, h, w): eps, then v of iDDPM's learnt variance (Eq. 15).
 
-    z (b, 4, h, w) noisy MoVQ latent, t (b,), image_embed (b, d) CLIP image embedding, not normalised.
+    z (b, 4, h, w) noisy MoVQ latent, t (b,), image_embed (b, d) CLIP image embedding, not normalised, or what
+    read(image_embed) returns.
     """
 
     published_names = (
@@ -261,10 +271,14 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(groups, ch)
         self.conv_out = nn.Conv2d(ch, out_ch, 3, padding=1)
 
-    def forward(self, z, t, image_embed):
-        emb = self.time_mlp(time_features(t, self.time_dim).to(z.dtype))  # (b, emb_dim)
-        emb = emb + self.image_mlp(image_embed)
+    def read(self, image_embed):
+        """The Read of image_embed (b, d); tokens (b, 32, token_dim), without a mask."""
         tokens = self.token_norm(rearrange(self.to_tokens(image_embed), "b (n d) -> b n d", n=32))
+        return Read(tokens, None, self.image_mlp(image_embed))
+
+    def forward(self, z, t, image_embed):
+        tokens, _, pooled = image_embed if isinstance(image_embed, Read) else self.read(image_embed)
+        emb = self.time_mlp(time_features(t, self.time_dim).to(z.dtype)) + pooled  # (b, emb_dim)
         x = self.conv_in(z)                                      # (b, widths[0], h, w)
         skips = [x]
         for level in self.down:
@@ -421,9 +435,10 @@ class UNet3(nn.Module):
     """forward(z, t, text, text_mask, text_length=None) -> eps (b, 4, h, w).
 
     z (b, 4, h, w) noisy MoVQ latent, t (b,), text (b, n, d) T5 states with zeros at padding, text_mask (b, n)
-    true at tokens. A row without a token is the null condition. The query that pools the text is a mean over
-    the first text_length (b,) positions of a row, padding included (ours); None: over all n, as published, so
-    that a row depends on the longest of its batch.
+    true at tokens; text may be what read(text, text_mask, text_length) returns. A row without a token is the
+    null condition. The query that pools the text is a mean over the first text_length (b,) positions of a
+    row, padding included (ours); None: over all n, as published, so that a row depends on the longest of its
+    batch.
     """
 
     published_names = (
@@ -469,7 +484,8 @@ class UNet3(nn.Module):
         self.norm_out = GroupNorm(groups, first)
         self.conv_out = nn.Conv2d(first, in_ch, 3, padding=1)
 
-    def forward(self, z, t, text, text_mask, text_length=None):
+    def read(self, text, text_mask, text_length=None):
+        """The Read of these inputs of forward; tokens (b, n, text_dim)."""
         text_mask = text_mask.bool()
         text_mask = text_mask | ~text_mask.any(dim=1, keepdim=True)  # all masked becomes none masked
         text = self.text_mlp(text)                                   # (b, n, text_dim)
@@ -479,7 +495,11 @@ class UNet3(nn.Module):
             counted = torch.arange(text.shape[1], device=text.device) < text_length[:, None]
             total = (text * counted[..., None]).sum(dim=1, keepdim=True)
             mean = total / text_length.to(text.dtype)[:, None, None]
-        pooled = self.text_pool(mean, text, text_mask)[:, 0]         # (b, emb_dim)
+        return Read(text, text_mask, self.text_pool(mean, text, text_mask)[:, 0])
+
+    def forward(self, z, t, text, text_mask=None, text_length=None):
+        read = text if isinstance(text, Read) else self.read(text, text_mask, text_length)
+        text, text_mask, pooled = read
         emb = self.time_mlp(timestep_embedding(t, self.time_dim).to(z.dtype)) + pooled
         x, skips = self.conv_in(z), []                               # (b, widths[0] / 2, h, w)
         for level in self.down:

@@ -41,7 +41,7 @@ from files import cached_rows, file_hash, load_metadata, load_safetensors, text_
 from optim import Optimizers
 from runfolder import check_finite
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
-from unet import UNet, UNetConfig, in_its_dtype
+from unet import InItsDtype, UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
 from weights import check_fields, check_format, described_by, load_state
 
@@ -110,7 +110,7 @@ class MSDM(nn.Module):
         b = len(prompts)
         states, mask = self.text([*prompts, negative_prompt])  # (b + 1, n, d), (b + 1, n)
         cond, null = (states[:b], mask[:b]), (states[b:].expand(b, -1, -1), mask[b:].expand(b, -1))
-        predict = guided(in_its_dtype(self.unet), cond, null, guidance)
+        predict = guided(InItsDtype(self.unet), cond, null, guidance)
         return denoiser(predict, self.diffusion.alpha_bar(), self.diffusion.prediction,
                         self_conditioning=self.unet.config.self_conditioning)
 

@@ -13,6 +13,7 @@ Whether the result means eps or v is data of the training preset (msdm.py); the 
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,11 +72,52 @@ def init_unit_variance_(linear):
     return linear
 
 
-def in_its_dtype(network):
-    """The network as a function whose inputs are cast to its dtype and whose output is float32."""
-    dtype = next(network.parameters()).dtype
-    return lambda x_t, t, *condition: network(
-        x_t.to(dtype), t, *(c.to(dtype) if c.is_floating_point() else c for c in condition)).float()
+class Read(NamedTuple):
+    """What a network has read of its condition: everything that depends on neither x_t nor t."""
+
+    tokens: object  # (b, n, d), or a Kept of them: for cross-attention
+    mask: torch.Tensor | None  # (b, n), true at tokens
+    pooled: torch.Tensor  # (b, emb_dim), added to the time embedding
+
+
+class Kept:
+    """Tokens (b, n, d) that are the same in many calls: a layer's keys or values are computed once."""
+
+    def __init__(self, tokens):
+        self.tokens, self.results = tokens, {}
+
+    def through(self, layer):
+        if layer not in self.results:
+            self.results[layer] = layer(self.tokens)
+        return self.results[layer]
+
+
+def through(layer, tokens):
+    """layer(tokens), where tokens may be a Kept."""
+    return tokens.through(layer) if isinstance(tokens, Kept) else layer(tokens)
+
+
+class InItsDtype:
+    """A network as a function whose inputs are cast to its dtype and whose output is float32.
+
+    remember(*condition): the condition to call it with in its place in many steps, without gradient. A
+    network with read(*condition) -> Read then reads it once.
+    """
+
+    def __init__(self, network):
+        self.network, self.dtype = network, next(network.parameters()).dtype
+
+    def _cast(self, x):
+        return x.to(self.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    def __call__(self, x_t, t, *condition):
+        return self.network(self._cast(x_t), t, *map(self._cast, condition)).float()
+
+    def remember(self, *condition):
+        if not hasattr(self.network, "read"):
+            return condition
+        read = self.network.read(*map(self._cast, condition))
+        return read._replace(tokens=Kept(read.tokens)), *[None] * (len(condition) - 1)
 
 
 def timestep_embedding(t, dim, freq_shift=1):
@@ -182,7 +224,7 @@ class AdaGroupNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x (b, n, query_dim) to context (b, n_keys, context_dim) -> (b, n, out_dim).
 
-    q, k and v are separate layers, because LoRA finds them by name.
+    context may be a Kept. q, k and v are separate layers, because LoRA finds them by name.
     """
 
     def __init__(self, query_dim, context_dim, n_heads, dropout=0.0, out_dim=None, bias=False):
@@ -195,7 +237,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(out_dim, out_dim, bias=bias), nn.Dropout(dropout)])
 
     def forward(self, x, context, mask=None):
-        y = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.n_heads, mask)
+        k, v = through(self.to_k, context), through(self.to_v, context)
+        y = attention(self.to_q(x), k, v, self.n_heads, mask)
         return self.to_out[1](self.to_out[0](y))
 
 
@@ -248,7 +291,7 @@ class UNet(nn.Module):
 
     text_mask (b, n): true (1) at tokens, false (0) at padding; None: all are tokens. self_cond, like x_t: the
     previous estimate of x_0, None for zeros; a network without self-conditioning raises a ValueError.
-    h and w must be multiples of 2^(len(channels) - 2).
+    text may be what read(text, text_mask) returns. h and w must be multiples of 2^(len(channels) - 2).
     """
 
     def __init__(self, config: UNetConfig):
@@ -288,6 +331,20 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
         self.conv_out = zero_init(nn.Conv2d(ch, config.in_channels, 1))
 
+    def read(self, text, text_mask=None):
+        """The Read of text (b, n, d) and its mask; tokens (b, n, time_dim), without columns of padding."""
+        text_mask = None if text_mask is None else text_mask.bool()
+        text = self.text_mlp[0](text)  # (b, n, time_dim)
+        text = self.text_mlp[2](self.text_mlp[1](text)) + (text if self.config.text_residual else 0)
+        query = text.mean(dim=1, keepdim=True)  # (b, 1, time_dim); counts padding, as the paper's code does
+        pooled = self.text_pool(query, text, text_mask)[:, 0]
+        if text_mask is not None and text_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Drop columns that are padding in every row: same result, less work. CPU only, because a GPU
+            # would have to synchronise, and not compiled, because shapes would depend on the batch.
+            used = text_mask.any(dim=0)
+            text, text_mask = text[:, used], text_mask[:, used]
+        return Read(text, text_mask, pooled)
+
     def forward(self, x_t, t, text, text_mask=None, self_cond=None):
         if self.config.self_conditioning:
             previous = torch.zeros_like(x_t) if self_cond is None else self_cond
@@ -296,17 +353,8 @@ class UNet(nn.Module):
             raise ValueError("self_cond was given to a U-Net built with self_conditioning=False")
         if self.config.coord_conv:
             x_t = torch.cat([x_t, coordinate_channels(x_t)], dim=1)  # 4 channels more
-        text_mask = None if text_mask is None else text_mask.bool()
-        text = self.text_mlp[0](text)  # (b, n, time_dim)
-        text = self.text_mlp[2](self.text_mlp[1](text)) + (text if self.config.text_residual else 0)
-        query = text.mean(dim=1, keepdim=True)  # (b, 1, time_dim); counts padding, as the paper's code does
-        pooled = self.text_pool(query, text, text_mask)[:, 0]
+        text, text_mask, pooled = text if isinstance(text, Read) else self.read(text, text_mask)
         emb = self.time_mlp(timestep_embedding(t, self.config.time_dim // 4).to(x_t.dtype)) + pooled
-        if text_mask is not None and text_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Drop columns that are padding in every row: same result, less work. CPU only, because a GPU
-            # would have to synchronise, and not compiled, because shapes would depend on the batch.
-            used = text_mask.any(dim=0)
-            text, text_mask = text[:, used], text_mask[:, used]
 
         x = self.conv_in(x_t)  # (b, channels[0], h, w); emb (b, time_dim)
         skips = [x]

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ import lora
 from data import to_uint8
 from diffusion import guided
 from files import load_safetensors, save_safetensors, write_json
-from kandinsky import Kandinsky3, Kandinsky22, Schedule, denoiser_of, in_its_dtype, read_schedule
+from kandinsky import InItsDtype, Kandinsky3, Kandinsky22, Schedule, denoiser_of, read_schedule
 from kandinsky_networks import (
     build_decoder,
     build_prior,
@@ -424,11 +425,28 @@ def test_guidance_one_asks_the_network_once():
 
     batches, net, x, t = [], Net(2, 2), torch.randn(3, 2), torch.zeros(3)
     cond, null = torch.ones(3, 2), torch.zeros(3, 2)
-    out, _ = guided(in_its_dtype(net), (cond,), (null,), 1)(x, t)
+    out, _ = guided(InItsDtype(net), (cond,), (null,), 1)(x, t)
     close(out, net(x, t, cond), 0)
-    out, _ = guided(in_its_dtype(net), (cond,), (null,), 3)(x, t)
+    out, _ = guided(InItsDtype(net), (cond,), (null,), 3)(x, t)
     close(out, net(x, t, null) + 3 * cond, 1e-5)
     assert batches == [3, 3, 6, 3]
+
+
+@pytest.mark.parametrize("version", ["k22", "k3"])
+def test_a_condition_is_read_once_a_sampling(version, request, monkeypatch):
+    pipeline = request.getfixturevalue(version)
+    net = pipeline.decoder if version == "k22" else pipeline.unet
+    names, calls = ("token_k", "to_tokens") if version == "k22" else ("to_k", "text_mlp"), {}
+    hooks = [m.register_forward_hook(lambda m, args, out, name=name: calls.setdefault(name, []).append(out))
+             for name, m in net.named_modules() if name.endswith(names) and ".attn.0.attention" not in name]
+    sample = partial(pipeline.sample, PROMPTS[:1], steps=3, height=64, width=64, solver="ddim")
+    images = sample()
+    once = {name: len(outs) for name, outs in calls.items()}
+    monkeypatch.delattr(InItsDtype, "remember")
+    assert torch.equal(images, sample())
+    for hook in hooks:
+        hook.remove()
+    assert set(once.values()) == {1} and {len(outs) for outs in calls.values()} == {4} and len(once) > 3
 
 
 def test_a_larger_image_is_whole_blocks():

@@ -1,7 +1,17 @@
 import pytest
 import torch
+from helpers import close
 
-from unet import PRESETS, Attention, UNet, UNetConfig, attention, coordinate_channels, timestep_embedding
+from unet import (
+    PRESETS,
+    Attention,
+    InItsDtype,
+    UNet,
+    UNetConfig,
+    attention,
+    coordinate_channels,
+    timestep_embedding,
+)
 
 SMALL = UNetConfig(in_channels=4, channels=(32, 32, 64), time_dim=64, text_dim=16, n_heads=4, dropout=0.0)
 
@@ -51,6 +61,21 @@ def test_masked_words_are_not_looked_at_but_count_in_the_pooled_query():
     torch.testing.assert_close(net(x_t, t, text, torch.ones(2, 5)), net(x_t, t, text))
     assert not torch.allclose(net(x_t, t, text, mask)[0], net(x_t, t, other, mask)[0],
                               atol=1e-5)  # by the mean over all positions
+
+
+@torch.no_grad()
+def test_a_remembered_text_is_read_once():
+    net, (x_t, t, text), mask = small(), inputs(), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    predict, calls = InItsDtype(net), []
+    for name, layer in net.named_modules():
+        if name.startswith("text_") or name.endswith(("to_k", "to_v")):
+            layer.register_forward_hook(lambda *args, name=name: calls.append(name))
+    condition = predict.remember(text, mask)
+    for step in range(3):
+        close(predict(x_t + step, t, *condition, x_t), net(x_t + step, t, text, mask, x_t), 0)
+    assert len(calls) == 4 * len(set(calls)) and len(set(calls)) > 20  # once, and three times without
+    other = predict.remember(text + 1, mask)
+    assert (predict(x_t, t, *other) - net(x_t, t, text, mask)).abs().max() > 1e-3
 
 
 def test_a_residual_text_is_heard_where_its_layers_are_silent():
