@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import sys
 import tempfile
 import warnings
@@ -327,35 +328,80 @@ DTYPES = {torch.float16: "F16", torch.float32: "F32"}  # as safetensors names th
 CHECKED = 1 << 30
 
 
-def cached_rows(path, name, n, make, metadata, write=True) -> Mapped:
-    """The tensor of n rows in a safetensors file with this metadata; where there is none, it is made.
+def cached_rows(path, name, parts, make, metadata, world) -> Mapped:
+    """The tensor of rows in a safetensors file with this metadata; where there is none, the ranks make it.
 
-    make() -> iterator of parts of it, which are written one by one: the whole is never in memory. Where the
-    file cannot be written, an unnamed temporary one holds them as long as this process needs them. As in
+    parts: slices that make up the rows, in order; make(some of them) -> iterator of their rows, which are
+    written one by one: the whole is never in memory. world: a training.Distributed, all of whose ranks call
+    this; each makes a share of the parts. Where the file cannot be written, or the ranks' disks are not one,
+    each makes all rows, and an unnamed temporary file holds them as long as its process needs them. As in
     cached a file with NaN or infinity is made again; above CHECKED bytes, which take seconds to read, a
     training finds it by its loss.
     """
+    n = parts[-1].stop
+    with world.together():
+        # Rank 0 alone looks: a network file system remembers for seconds that there was no such file.
+        found = world.is_main and _holds_rows(path, name, n, metadata)
+        if world.is_main and not found:
+            with contextlib.suppress(OSError):  # of a protected folder, as below
+                remove_unfinished(path.parent, glob.escape(path.name))
+    if world.mean(float(found)) or _make_rows(path, name, parts, make, metadata, world):
+        with world.together(), open(path, "rb") as f:
+            return map_rows(f, name)
+    with world.together(), tempfile.TemporaryFile() as f:
+        write_rows(f, name, n, make(parts), metadata)
+        f.flush()
+        return map_rows(f, name)
+
+
+def _holds_rows(path, name, n, metadata):
+    """Whether there is such a file, with n rows and this metadata."""
     with contextlib.suppress(BadInput, OSError, KeyError), open(path, "rb") as f:
         if load_metadata(path) == metadata and len(rows := map_rows(f, name)) == n:
             parts = range(0, n if rows.nbytes <= CHECKED else 0, 1024)
             if all(rows[i:i + 1024].isfinite().all() for i in parts):
-                return rows
+                return True
             print(f"{path}: holds values that are not finite, made again", file=sys.stderr)
-    if write:
-        try:
-            parts = make()
-            parts = itertools.chain([next(parts)], parts)  # an error in the first leaves not even a folder
-            remove_unfinished(path.parent, glob.escape(path.name))
-            with replacing(path) as tmp, open(tmp, "wb") as f:
-                write_rows(f, name, n, parts, metadata)
-            with open(path, "rb") as f:
-                return map_rows(f, name)
-        except OSError as error:
-            print(f"not cached: {path}: {error.strerror}", file=sys.stderr)
-    with tempfile.TemporaryFile() as f:
-        write_rows(f, name, n, make(), metadata)
-        f.flush()
-        return map_rows(f, name)
+    return False
+
+
+def _make_rows(path, name, parts, make, metadata, world):
+    """Make the file; whether that was possible, the same on all ranks.
+
+    Each rank writes its share into a file of its own, since several processes cannot safely write one on a
+    network file system. Rank 0's begins with the header, the others' are appended to it.
+    """
+    tmp, why = _beside(path), None
+    pieces = world.gather(tmp)
+    try:
+        with world.together():
+            own = world.share(parts)
+            rows = iter(make(own) if own else ())
+            rows = itertools.chain(list(itertools.islice(rows, 1)), rows)  # its error leaves not even a folder
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(tmp, "wb") as f:
+                    if world.is_main:
+                        write_rows(f, name, parts[-1].stop, rows, metadata)
+                    else:
+                        f.writelines(some.contiguous().numpy().data for some in rows)
+            except OSError as error:
+                why = error
+        if not world.mean(float(why is not None)) and world.is_main:
+            try:
+                with open(tmp, "ab") as f:
+                    for piece in pieces[1:]:
+                        with open(piece, "rb") as part:
+                            shutil.copyfileobj(part, f, 1 << 24)
+                os.replace(tmp, path)
+            except OSError as error:
+                why = error
+        if why is not None:
+            print(f"not cached: {path}: {why.strerror}", file=sys.stderr)
+        return not world.mean(float(why is not None))
+    finally:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
 
 
 def write_rows(f, name, n, parts, metadata):

@@ -62,9 +62,7 @@ def msdm_task(args, world):
         source = file_hash(args.model)
     run = start_run(args, world, fingerprint, weights=source)
     folder = Path(args.cache or run.folder)
-    with world.together():
-        latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder,
-                                                             world)
+    latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
     captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
     objective = msdm.Objective(model, latents, captions, args)

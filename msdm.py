@@ -248,13 +248,12 @@ TRAINING = {  # values of the flags that are not given, by preset
 TRAINING["demo"] = TRAINING["tiny"] | {"steps": 450, "warmup": 20, "ema_decay": 0.99}
 
 
-def encode_latents(vae, images, jitter, views, seed, device):
-    """Latent mean and log-variance of each image's `views` jittered copies, for 32 images at a time:
-    (b, views, 2 c, h, w) float16. images: data.Images."""
-    parts = data.batches(len(images), 32)
-    for part in tqdm(parts, "latents", unit="batch", disable=len(images) < 500):
+def encode_latents(vae, images, parts, jitter, views, seed, device):
+    """Latent mean and log-variance of each image's `views` jittered copies, for one of the parts at a time:
+    (b, views, 2 c, h, w) float16. images: data.Images; parts: slices of them that follow each other."""
+    for part in parts:
         pixels, out = images[part], []
-        images.begin(range(len(images))[part.stop:part.stop + 32])
+        images.begin(range(part.stop, min(part.stop + 32, parts[-1].stop)))
         for view in range(views):
             g = torch.Generator().manual_seed(training.step_seed("view", seed, part.start, view))
             img = data.to_float(pixels)
@@ -269,21 +268,25 @@ def encode_latents(vae, images, jitter, views, seed, device):
 def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1, total=None):
     """(encode_latents of the images of records, the records that could be read), kept in a file of folder.
 
-    The tensor (n, views, 2 c, h, w) is a map of that file. sources: hashes that are part of its key, as of
-    the VAE; the images' own is added, captions play no part. total: see data.load_images.
+    The tensor (n, views, 2 c, h, w) is a map of that file, which all ranks make, 32 images at a time.
+    sources: hashes that are part of its key, as of the VAE; the images' own is added, captions play no part.
+    total: see data.load_images.
     """
-    images = data.Images(records, args.size, args.crop, total=total, keep=False)
+    with world.together():
+        images = data.Images(records, args.size, args.crop, total=total, keep=False)
+        key = text_hash(*sources, data.image_fingerprint(records), args.size, args.crop, jitter, views,
+                        args.seed, *(r.name for r in records))
 
-    def make():
-        for part in encode_latents(vae, images, jitter, views, args.seed, world.device):
+    def make(parts):
+        encoded = encode_latents(vae, images, parts, jitter, views, args.seed, world.device)
+        quiet = len(images) < 500 or not world.is_main
+        for part in tqdm(encoded, "latents", len(parts), unit="batch", disable=quiet):
             check_finite({"latents": part}, f"{records[0].path.parent}, encoded by the autoencoder")
             yield part
 
-    key = text_hash(*sources, data.image_fingerprint(records), args.size, args.crop, jitter, views, args.seed,
-                    *(r.name for r in records))
     names = {"names": [r.name for r in images.records]}
-    file = folder / f"latents-{key}.safetensors"
-    return cached_rows(file, "moments", len(images), make, names, world.is_main), images.records
+    file, parts = folder / f"latents-{key}.safetensors", data.batches(len(images), 32)
+    return cached_rows(file, "moments", parts, make, names, world), images.records
 
 
 class CaptionSampler:
@@ -456,9 +459,8 @@ def train(args):
     settings = training.settings_of(args) | {
         "source": source, "text_weights": text.weights if text and not text.trained else "train"}
     run = training.Run(args.out, settings, fingerprint, world, "MSDM", args.from_run)
-    with world.together():
-        latents, train_records, val_latents, val_records = both_latents(
-            train_records, val_records, args, vae, source, run.folder, world)
+    latents, train_records, val_latents, val_records = both_latents(
+        train_records, val_records, args, vae, source, run.folder, world)
     torch.manual_seed(training.step_seed("weights", args.seed))
     model = base or new_model(args, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)

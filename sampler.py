@@ -298,8 +298,7 @@ def main(argv=None):
         chunks = ({"seed": str(args.seed + i), "prompt": p} for i, p in enumerate(prompts))
         missing = [i for i, own in enumerate(chunks) if not is_whole(image_file(out, i), own)]
     # All processes have looked by now, so they share out the same list.
-    mine = np.array_split(missing, world.size)[world.rank].astype(int).tolist()
-    write_samples(model, prompts, mine, args, request, hashes, world.is_main)
+    write_samples(model, prompts, world.share(missing), args, request, hashes, world.is_main)
     if args.grid:
         wait(world)
         if world.is_main:

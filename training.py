@@ -65,6 +65,20 @@ class Distributed:
         dist.all_reduce(x)
         return x.item() / self.size
 
+    def share(self, items):
+        """This rank's part of a list. In order they make up the list; they differ in length by 1 at most, and
+        the first rank's is empty only where all are."""
+        first, last = (-(-len(items) * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return items[first:last]
+
+    def gather(self, value):
+        """The values of all ranks on rank 0, in order; an empty list elsewhere. All must call it."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
     def batch(self, n, batch_size, step, seed):
         """This rank's part of a step's batch: its (batch_size,) indices below n, and its Draws."""
         part = range(self.rank * batch_size, (self.rank + 1) * batch_size)

@@ -70,8 +70,8 @@ def torchrun(script, *flags, processes=2):
     """A script under torchrun, one thread a process."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
                script, *flags]
-    done = subprocess.run(list(map(str, command)), env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True, timeout=150)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150,
+                          env=ENV | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
 
 

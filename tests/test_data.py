@@ -722,19 +722,24 @@ def test_unreadable_images_are_known_and_named_without_reading(folder, monkeypat
 
 def test_rows_in_a_file_are_whole_or_absent(tmp_path, capsys):
     rows, file = torch.randn(10, 3, 2).half(), tmp_path / "cache" / "r.safetensors"
+    world = training.start("cpu")
 
-    def make(n=10):
-        return (rows[i:i + 4] for i in range(0, n, 4))
+    def make(parts):
+        return (rows[part] for part in parts)
 
-    def killed():
-        yield from make(8)
+    def killed(parts):
+        yield from make(parts[:2])
         raise KeyboardInterrupt
 
+    def cached_rows(make, n=10, file=file, metadata=None):
+        parts = data.batches(n, 4)
+        return files.cached_rows(file, "moments", parts, make, metadata or {"names": ["\u00e9"]}, world)
+
     with pytest.raises(KeyboardInterrupt):
-        files.cached_rows(file, "moments", 10, killed, {"names": ["\u00e9"]})
+        cached_rows(killed)
     assert list((tmp_path / "cache").iterdir()) == []
-    got = files.cached_rows(file, "moments", 10, make, {"names": ["\u00e9"]})
-    again = files.cached_rows(file, "moments", 10, None, {"names": ["\u00e9"]})
+    got = cached_rows(make)
+    again = cached_rows(None)
     assert torch.equal(got, rows) and torch.equal(again, rows)
     assert torch.equal(files.load_safetensors(file)[0]["moments"], rows)
     files.save_safetensors(tmp_path / "s.safetensors", {"moments": rows}, {"names": ["\u00e9"]})
@@ -745,11 +750,11 @@ def test_rows_in_a_file_are_whole_or_absent(tmp_path, capsys):
     for other in (file.read_bytes()[:-1], b"", broken):
         file.write_bytes(other)
         left.touch()
-        assert torch.equal(files.cached_rows(file, "moments", 10, make, {"names": ["\u00e9"]}), rows)
+        assert torch.equal(cached_rows(make), rows)
         assert file in file.parent.iterdir() and not left.exists()
-    assert len(files.cached_rows(file, "moments", 4, lambda: make(4), {"names": []})) == 4
+    assert len(cached_rows(make, 4, metadata={"names": []})) == 4
     (tmp_path / "file").touch()
-    aside = files.cached_rows(tmp_path / "file" / "r.safetensors", "moments", 10, make, {})
+    aside = cached_rows(make, file=tmp_path / "file" / "r.safetensors")
     assert torch.equal(aside, rows) and "not cached: " in capsys.readouterr().err
 
 
@@ -761,8 +766,8 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_a_map_is_read_without_staying_in_memory(tmp_path):
     part = torch.arange(2 ** 20, dtype=torch.float32).view(4, -1)
-    parts = (part + 4 * i for i in range(100))
-    rows = files.cached_rows(tmp_path / "r.safetensors", "x", 400, lambda: parts, {})
+    made, parts = (part + 4 * i for i in range(100)), data.batches(400, 4)
+    rows = files.cached_rows(tmp_path / "r.safetensors", "x", parts, lambda parts: made, {}, training.start("cpu"))
     assert type(rows[3:5]) is type(rows[[1]]) is type(rows + 1) is torch.Tensor
     before, most = resident(), 0
     for i in np.random.default_rng(0).permutation(400):

@@ -1,0 +1,92 @@
+"""Several processes under torchrun, on the CPU by gloo: they share out the work and end together."""
+
+import argparse
+
+import pytest
+import torch
+from helpers import image, tiny_msdm, torchrun
+
+import data
+import msdm
+import training
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data folder of 100 images: parts of 32, 32, 32 and 4."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    for i in range(100):
+        image(i, 32, 32).save(root / f"images/{i:03d}.png")
+    data.write_captions(root, [(f"an image with {i % 7} polyps", f"{i:03d}.png") for i in range(100)])
+    return root
+
+
+def latents(folder, out, world):
+    args = argparse.Namespace(size=32, crop="pad", seed=3)
+    return msdm.latents_of(data.read_folder(folder), args, tiny_msdm().vae, (), out, world, 0.4, 2)[0]
+
+
+def test_the_share_of_a_list():
+    for n in range(12):
+        for size in (1, 2, 3, 5):
+            shares = [training.Distributed(rank, size, torch.device("cpu")).share(list(range(n)))
+                      for rank in range(size)]
+            assert sum(shares, []) == list(range(n)) and len(shares[0]) >= len(shares[-1])
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1 and bool(shares[0]) == (n > 0)
+
+
+SHARED_LATENTS = """
+import sys
+from pathlib import Path
+from command import BadInput
+import files, msdm, training
+from test_ranks import latents
+world, folder, root = training.start("cpu"), Path(sys.argv[1]), Path(sys.argv[2])
+encode, encoded = msdm.encode_latents, []
+
+def counted(vae, images, parts, *more):
+    encoded.append(len(parts))
+    return encode(vae, images, parts, *more)
+
+msdm.encode_latents = counted
+first = latents(folder, root / "two", world)
+again = latents(folder, root / "two", world)
+assert encoded == [2] and (first == again).all(), encoded  # two parts of four, once
+
+beside = files._beside
+if world.rank == 1:  # the disk of one rank is full
+    files._beside = lambda path: root / "absent" / "x"
+alone = latents(folder, root / "full", world)
+assert encoded == [2, 2, 4] and (first == alone).all() and not list((root / "full").iterdir()), encoded
+files._beside = beside
+
+def fails(vae, images, parts, *more):
+    yield from encode(vae, images, parts[:1], *more)
+    if world.rank == 1:
+        raise BadInput("an image is unreadable")
+    yield from encode(vae, images, parts[1:], *more)
+
+msdm.encode_latents = fails
+try:
+    latents(folder, root / "bad", world)
+    raise SystemExit("expected BadInput")
+except BadInput as error:
+    assert str(error).startswith("an image is" if world.rank else "another process of this command"), error
+world.barrier()
+assert not list((root / "bad").iterdir())
+"""
+
+
+def test_ranks_share_the_encoding_and_their_file_is_that_of_one_process(folder, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as under torchrun
+    latents(folder, tmp_path / "one", training.start("cpu"))
+    torch.set_num_threads(threads)
+    (tmp_path / "two").mkdir()
+    (one,) = (tmp_path / "one").iterdir()
+    left = tmp_path / "two" / f".{one.stem}.99999999000001.safetensors"  # of a rank that was killed
+    left.touch()
+    (tmp_path / "two.py").write_text(SHARED_LATENTS)
+    torchrun(tmp_path / "two.py", folder, tmp_path)
+    (two,) = (tmp_path / "two").iterdir()
+    assert two.name == one.name and two.read_bytes() == one.read_bytes()
