@@ -377,7 +377,8 @@ def _make_rows(path, name, parts, make, metadata, world):
         with world.together():
             own = world.share(parts)
             rows = iter(make(own) if own else ())
-            rows = itertools.chain(list(itertools.islice(rows, 1)), rows)  # its error leaves not even a folder
+            first = list(itertools.islice(rows, 1))  # an error in it leaves not even a folder
+            rows = itertools.chain(first, rows)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with open(tmp, "wb") as f:

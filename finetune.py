@@ -58,8 +58,8 @@ def msdm_task(args, world):
     with world.together():
         model = msdm.load(args.model, world.device, args.text_encoder)
         inject(model.unet, args)
-        train, val, fingerprint = training.read_data(args)
         source = file_hash(args.model)
+    train, val, fingerprint = training.read_data(args, world)
     run = start_run(args, world, fingerprint, weights=source)
     folder = Path(args.cache or run.folder)
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
@@ -90,7 +90,11 @@ class EncodedData:
 
 @dataclass
 class EncoderCache:
-    """Runs the frozen encoders once on the images and their prompts, and keeps their output in files."""
+    """Runs the frozen encoders once on the images and their prompts, and keeps their output in files.
+
+    Rank 0 runs them, the others wait for its files and load no encoder (world.main_first); where a file
+    cannot be written, each rank runs them.
+    """
 
     records: list  # with readable images
     folder: Path  # of the files
@@ -137,10 +141,8 @@ class EncoderCache:
 
     def latents(self, folder, network, size):
         """MoVQ latents (n, 4, h, w) of the images, padded to a square."""
-        movq = load_autoencoder(folder, network, size)
-
         def make():
-            movq.to(self.world.device)
+            movq = load_autoencoder(folder, network, size).to(self.world.device)
             images, _ = data.load_images(self.records, size, "pad", on_bad="raise")
             parts = tqdm(data.batches(len(images), 8), "latents", disable=len(images) < 500)
             floats = (data.to_float(images[part].to(self.world.device)) for part in parts)
@@ -289,7 +291,8 @@ def kandinsky_task(args, world):
         inject(network, args)
         if args.network != "prior":
             load_autoencoder(folder, network, args.size)
-        train, val, fingerprint = training.read_data(args)
+    train, val, fingerprint = training.read_data(args, world)
+    with world.together():
         readable, images, val_images = readable_images(train, val, args)
         hashes = {"weights": folder_hash(folder / part)}
         for name in others:
@@ -301,9 +304,8 @@ def kandinsky_task(args, world):
     args.steps = steps(args.batch_size * world.size)
     run = start_run(args, world, fingerprint, dtype=str(dtype), **hashes)
     args.steps = steps(run.config["images_a_step"])
-    with world.together():
-        encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip)
-        encoded = encode(args, network, folder, encoders)
+    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip)
+    encoded = world.main_first(lambda: encode(args, network, folder, encoders))
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
     names = [readable[i].name for i in images.tolist()]

@@ -453,8 +453,8 @@ def train(args):
     device = world.device
     with world.together():
         base, vae, frozen = given_parts(args, device)
-        train_records, val_records, fingerprint = training.read_data(args)
         source = file_hash(args.init or args.vae)
+    train_records, val_records, fingerprint = training.read_data(args, world)
     text = base.text if base else frozen
     settings = training.settings_of(args) | {
         "source": source, "text_weights": text.weights if text and not text.trained else "train"}

@@ -106,6 +106,17 @@ class Distributed:
         if failed:
             raise BadInput("another process of this command stopped; its own line says why")
 
+    def main_first(self, function):
+        """function() on every rank, on rank 0 before the others: they find in files what it has kept there.
+
+        It ends on all ranks at once, as together.
+        """
+        for turn in (True, False):
+            with self.together():
+                if self.is_main == turn:
+                    out = function()
+        return out
+
 
 def own_device(name="auto"):
     """command.best_device; of several processes on a machine each has a GPU of its own."""
@@ -593,10 +604,16 @@ def fill_defaults(args, settings: dict):
             setattr(args, name, value)
 
 
-def read_data(args):
-    """(records to train on, records to validate on, fingerprint) of --data."""
-    records = data.read_folder(args.data, args.captions)
-    train, val = data.split(records)
-    if not val:
-        raise BadInput(f"{args.data}: one image, expected at least 2: one to learn from, one to check")
-    return train, val, data.fingerprint(records)
+def read_data(args, world):
+    """(records to train on, records to validate on, fingerprint) of --data.
+
+    Rank 0 compares the images, the others read what it has kept of them (duplicates.seen).
+    """
+    def read():
+        records = data.read_folder(args.data, args.captions)
+        train, val = data.split(records)
+        if not val:
+            raise BadInput(f"{args.data}: one image, expected at least 2: one to learn from, one to check")
+        return train, val, data.fingerprint(records)
+
+    return world.main_first(read)

@@ -305,10 +305,10 @@ def train(args):
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
     if args.size % vae.factor or args.size < 32:
         raise BadInput(f"--size {args.size}: expected a multiple of {vae.factor}, 32 or more")
+    train_records, val_records, fingerprint = training.read_data(args, world)
     with world.together():
         perceptual, perceptual_hash = find_perceptual(args.perceptual)
         perceptual = perceptual and perceptual.to(device)
-        train_records, val_records, fingerprint = training.read_data(args)
         total = len(train_records) + len(val_records)
         images = data.Images(train_records, args.size, args.crop, total=total)
         val_images = data.Images(val_records, args.size, args.crop, total=total)

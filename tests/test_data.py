@@ -766,8 +766,9 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_a_map_is_read_without_staying_in_memory(tmp_path):
     part = torch.arange(2 ** 20, dtype=torch.float32).view(4, -1)
-    made, parts = (part + 4 * i for i in range(100)), data.batches(400, 4)
-    rows = files.cached_rows(tmp_path / "r.safetensors", "x", parts, lambda parts: made, {}, training.start("cpu"))
+    made, world = (part + 4 * i for i in range(100)), training.start("cpu")
+    file, parts = tmp_path / "r.safetensors", data.batches(400, 4)
+    rows = files.cached_rows(file, "x", parts, lambda parts: made, {}, world)
     assert type(rows[3:5]) is type(rows[[1]]) is type(rows + 1) is torch.Tensor
     before, most = resident(), 0
     for i in np.random.default_rng(0).permutation(400):

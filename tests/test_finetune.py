@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_kandinsky
 import torch
-from helpers import close, image, log_lines, run, start, tiny_msdm
+from helpers import close, image, log_lines, run, start, tiny_msdm, torchrun
 from transformers import CLIPImageProcessor
 
 import data
@@ -117,6 +117,33 @@ def test_a_run_in_two_parts_ends_with_the_same_bytes_and_encodes_nothing_again(m
     for part in ("best", "last"):
         assert folder_hash(tmp_path / "run" / part) == folder_hash(made / name / part)
     assert log_lines(tmp_path / "run") == log_lines(made / name)
+
+
+RANK_0_ENCODES = """
+import json, sys
+import data, finetune, kandinsky, movq, training
+world = training.start("cpu")
+training.start = lambda device: world
+if world.rank:  # would be errors to call
+    finetune.clip_images = finetune.clip_texts = kandinsky.Kandinsky3.encode_text = movq.MoVQ.encode = None
+    data.load_images = None
+for flags in json.loads(sys.argv[1]):
+    finetune.main(flags)
+"""
+
+
+def test_of_two_ranks_the_first_encodes(made, tmp_path):
+    (tmp_path / "two.py").write_text(RANK_0_ENCODES)
+    torchrun(tmp_path / "two.py", json.dumps([
+        flags(made, name, tmp_path / name, "--cache", tmp_path / "cache", "--steps", 1, "--batch-size", 1)
+        for name in TRAININGS]))
+    for file in (tmp_path / "cache").iterdir():
+        ours, expected = (load_safetensors(folder / file.name)[0] for folder in (file.parent, made / "cache"))
+        assert ours.keys() == expected.keys()
+        assert all(torch.allclose(v, expected[k], atol=1e-5) for k, v in ours.items()), file
+    for name in TRAININGS:  # rank 1 has one of the two held-out images
+        both, one = (log_lines(folder / name)[0]["val_loss"] for folder in (tmp_path, made))
+        assert both == pytest.approx(one, rel=1e-5)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):
