@@ -246,15 +246,18 @@ TRAINING["demo"] = TRAINING["tiny"] | {"steps": 250, "warmup": 20}
 
 
 @torch.no_grad()
-def measure_scale(vae, images, device):
-    """One over the standard deviation of the latents of the first 2,000 uint8 images (LDM, App. G)."""
-    sums, n = torch.zeros(2, dtype=torch.float64), 0
-    for part in data.batches(min(len(images), 2000), 32):
-        mu, logvar = vae.moments(data.to_float(images[part].to(device)))
-        sums += torch.stack([mu.double().sum(), (mu.double() ** 2 + logvar.double().exp()).sum()]).cpu()
-        n += mu.numel()
-    mean, square = sums / n
-    return (square - mean**2).rsqrt().float()
+def measure_scale(vae, images, world):
+    """One over the standard deviation of the latents of the first 2,000 uint8 images (LDM, App. G).
+
+    The ranks share the images.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    with world.together():
+        for part in world.share(data.batches(min(len(images), 2000), 32)):
+            mu, logvar = (x.double() for x in vae.moments(data.to_float(images[part].to(world.device))))
+            sums += torch.stack([mu.sum(), (mu ** 2 + logvar.exp()).sum(), mu.new_tensor(mu.numel())]).cpu()
+    mu, square, n = torch.tensor([world.mean(x) for x in sums.tolist()], dtype=torch.float64)
+    return (square / n - (mu / n)**2).rsqrt().float()
 
 
 def draw_batch(vae, images, jitter, generators):
@@ -286,16 +289,22 @@ class Objective:
         return self.terms(batch)[0]
 
     @torch.no_grad()
-    def validate(self, images):
-        """(loss, its terms) as means over uint8 images, with fixed noise in the latents."""
-        total, terms = 0.0, Counter()
-        for part in data.batches(len(images), 16):
-            some = images[part]
-            batch = draw_batch(self.vae, some, 0.0, training.Draws(0, part.start, range(len(some))))
-            loss, found = self.terms(self.on_device(batch))
-            total += loss.item() * len(batch) / len(images)
-            terms.update({f"val_{k}": v.item() * len(batch) / len(images) for k, v in found.items()})
-        return total, dict(terms)
+    def validate(self, images, world):
+        """(loss, its terms) as means over uint8 images, with fixed noise in the latents.
+
+        The ranks share the images; the terms are there on rank 0 only, which logs them.
+        """
+        total, own, terms = 0.0, Counter(), Counter()
+        with world.together():
+            for part in world.share(data.batches(len(images), 16)):
+                some = images[part]
+                batch = draw_batch(self.vae, some, 0.0, training.Draws(0, part.start, range(len(some))))
+                loss, found = self.terms(self.on_device(batch))
+                total += loss.item() * len(batch) / len(images)
+                own.update({f"val_{k}": v.item() * len(batch) / len(images) for k, v in found.items()})
+        for found in world.gather(own):
+            terms.update(found)
+        return world.size * world.mean(total), dict(terms)
 
 
 def train(args):
@@ -325,8 +334,8 @@ def train(args):
     def checkpoint(step):
         take_step.settle()
         vae.eval()
-        val_loss, terms = objective.validate(val_images)
-        vae.latent_scale.copy_(measure_scale(vae, images, device))
+        val_loss, terms = objective.validate(val_images, world)
+        vae.latent_scale.copy_(measure_scale(vae, images, world))
         meta = metadata(vae) | {"step": step, "val_loss": val_loss, "data": run.config["data"]}
         run.keep(step, val_loss, lambda name: run.save_checkpoint(name, vae.state_dict(), meta), **terms)
         if world.is_main:

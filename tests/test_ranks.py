@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from helpers import image, tiny_msdm, torchrun
+from helpers import ROOT, image, log_lines, tiny_msdm, torchrun
 
 import data
 import msdm
 import training
+import vae
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +98,60 @@ def test_ranks_share_the_encoding_and_their_file_is_that_of_one_process(folder, 
     torchrun(tmp_path / "two.py", folder, tmp_path)
     (two,) = (tmp_path / "two").iterdir()
     assert two.name == one.name and two.read_bytes() == one.read_bytes()
+
+
+SHARED_VALIDATION = """
+import argparse, torch, training, vae
+from command import BadInput
+from helpers import tiny_msdm
+world, one = training.start("cpu"), training.Distributed(0, 1, torch.device("cpu"))
+settings = argparse.Namespace(**vae.TRAINING["tiny"])
+objective = vae.Objective(tiny_msdm().vae, None, settings, one.device)
+images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+class Counted:
+    n, bad = 0, False
+    def __len__(self):
+        return len(images)
+    def __getitem__(self, part):
+        if self.bad:
+            raise BadInput("an image is unreadable")
+        self.n += part.stop - part.start
+        return images[part]
+
+shared = Counted()
+loss, terms = objective.validate(shared, world)
+expected, terms_of_one = objective.validate(images, one)
+torch.testing.assert_close(loss, expected)
+torch.testing.assert_close(terms, {} if world.rank else terms_of_one)
+assert shared.n == [32, 8][world.rank] and len(terms_of_one) == 5
+scale = vae.measure_scale(objective.vae, shared, world)
+torch.testing.assert_close(scale, vae.measure_scale(objective.vae, images, one))
+assert shared.n == [64, 16][world.rank]
+shared.bad = world.rank == 1
+for function in (objective.validate, lambda *args: vae.measure_scale(objective.vae, *args)):
+    try:
+        function(shared, world)
+        raise SystemExit("expected BadInput")
+    except BadInput as error:
+        assert str(error).startswith("an image is" if world.rank else "another process of this"), error
+"""
+
+
+def test_ranks_share_the_autoencoders_validation(tmp_path):
+    (tmp_path / "two.py").write_text(SHARED_VALIDATION)
+    torchrun(tmp_path / "two.py")
+
+
+def test_a_run_of_two_processes_goes_on_in_one_with_the_losses_of_one(folder, tmp_path, capsys):
+    flags = ["--data", folder, "--size", 32, "--perceptual", "off", "--log-every", 1, "--save-every", 2,
+             "--no-cosine", "--device", "cpu"]
+    torchrun(ROOT / "vae.py", *flags, "--batch-size", 2, "--steps", 4, "--out", tmp_path / "two")
+    for name, batch_size in (("two", 2), ("one", 4)):
+        vae.main([str(x) for x in (*flags, "--batch-size", batch_size, "--steps", 6, "--out",
+                                   tmp_path / name)])
+    assert "a step keeps its 4 images, 4 in each of 1 process" in capsys.readouterr().err
+    two, one = (log_lines(tmp_path / name) for name in ("two", "one"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    for ours, expected in zip(two, one, strict=True):
+        assert ours == pytest.approx(expected, rel=3e-4)

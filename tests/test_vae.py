@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from torchvision.models import vgg16
 
 import data
+import training
 import vae as vaes
 from vae import VAE, VAEConfig, kl_divergence, ssim
 
@@ -43,7 +44,7 @@ def test_encode_and_decode_own_the_latent_scale():
 def test_measured_scale_gives_unit_variance():
     vae = VAE(SMALL)
     pixels = ((images(40) + 1) * 127.5).to(torch.uint8)
-    vae.latent_scale.copy_(vaes.measure_scale(vae, pixels, "cpu"))
+    vae.latent_scale.copy_(vaes.measure_scale(vae, pixels, training.start("cpu")))
     z = vae.encode(pixels.float() / 127.5 - 1, torch.Generator().manual_seed(0))
     assert z.var().item() == pytest.approx(1.0, rel=0.02)
 
@@ -137,9 +138,10 @@ def test_validation_twice_is_one_number_and_leaves_the_network():
                                      for k in ("kl_weight", "l1_weight", "half_weight")})
     objective = vaes.Objective(vae, None, settings, torch.device("cpu"))
     held_out = data.to_uint8(images(20))
-    first = objective.validate(held_out)
+    world = training.start("cpu")
+    first = objective.validate(held_out, world)
     torch.rand(1)  # what is drawn between two validations plays no part
-    assert objective.validate(held_out) == first and first[0] > 0
+    assert objective.validate(held_out, world) == first and first[0] > 0
     assert all(p.grad is None for p in vae.parameters())
 
 
