@@ -270,18 +270,23 @@ def text_hash(*texts):
     return h.hexdigest()[:16]
 
 
-def cached(path, make, write=True):
-    """(tensors, metadata) of a safetensors file; if absent or broken, of make(), which are saved to it.
+def read_cached(path):
+    """(tensors, metadata) of a safetensors file; None if it is absent or broken.
 
-    Broken is also a file that holds NaN or infinity: what is made was checked.
+    Broken is also a file that holds NaN or infinity: what was made was checked.
     """
-    try:
+    with contextlib.suppress(BadInput):
         tensors, metadata = load_safetensors(path)
         if all(v.isfinite().all() for v in tensors.values()):
             return tensors, metadata
         print(f"{path}: holds values that are not finite, made again", file=sys.stderr)
-    except BadInput:
-        pass
+    return None
+
+
+def cached(path, make, write=True):
+    """read_cached; where there is nothing, what make() returns, which is saved to the file."""
+    if found := read_cached(path):
+        return found
     tensors, metadata = make()
     # Equal to those of the file, even in their strides.
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

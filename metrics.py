@@ -14,9 +14,10 @@ into arrays.
     python metrics.py --real data/kvasir --fake out/msdm
     python metrics.py --real data/kvasir --fake out/msdm --protocol imageclef
     python metrics.py --real data/phantom --fake out/tiny --weights rule  # needs no download: not comparable
+    torchrun --nproc-per-node 4 metrics.py --real data/kvasir --fake out/msdm  # the images shared out
 """
 
-from command import BadInput, best_device, run_command
+from command import BadInput, run_command
 
 import argparse
 import math
@@ -32,12 +33,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import training
 from data import SUFFIXES, batches, check_writable, read_ahead
 from files import (
-    cached,
     check_replaced,
     is_json_with,
     load_safetensors,
+    read_cached,
+    save_or_say,
     save_safetensors,
     text_hash,
     write_json,
@@ -329,8 +332,9 @@ def shuffled(features, rng):
 # Folders to features
 
 
-def image_files(folder):
-    """The images of a data folder (in its images/) or of a plain folder, sorted. Other files are left out."""
+def image_files(folder, quiet=False):
+    """The images of a data folder (in its images/) or of a plain folder, sorted. Other files are left out,
+    which a line says unless quiet."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one of images")
@@ -339,7 +343,8 @@ def image_files(folder):
     images = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not images:
         raise BadInput(f"{root}: holds no images ({', '.join(SUFFIXES)})")
-    if others := [p.name for p in files if p.suffix.lower() not in SUFFIXES]:
+    others = [p.name for p in files if p.suffix.lower() not in SUFFIXES]
+    if others and not quiet:
         print(f"{root}: {len(others)} other files left out, first {others[0]}", file=sys.stderr)
     return images
 
@@ -381,10 +386,13 @@ def read(path, size):
 
 
 def extract(net, paths, size, resize="tf1", names=("2048",), batch_size=32, workers=2, what="images"):
-    """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable file is an error."""
+    """{name: (n, d) float32 on the CPU} of image files, in order. An unreadable file is an error.
+
+    what: the name of the progress bar; None for no bar.
+    """
     parts = []
     images = read_ahead(lambda i: read(paths[i], size), len(paths), workers, ahead=2 * batch_size)
-    with tqdm(total=len(paths), desc=what, unit="image") as bar:
+    with tqdm(total=len(paths), desc=what, unit="image", disable=what is None) as bar:
         for part in batches(len(paths), batch_size):
             batch = torch.stack([next(images) for _ in range(part.start, part.stop)])
             features = net(batch, resize)
@@ -397,6 +405,33 @@ def folder_key(paths, *protocol):
     """Hash of what features depend on: every file's name, size and modification time, and the protocol."""
     files = ((p.name, p.stat()) for p in paths)
     return text_hash("features 1", *protocol, *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in files))
+
+
+def shared_features(net, paths, file, protocol, args, world, what):
+    """{"features", "logits"} (n, d) of image files on rank 0, None on the others; kept in a file.
+
+    The ranks share the batches, so the features are those of one process.
+    """
+    with world.together():
+        kept = read_cached(file) if world.is_main else None
+    if world.mean(float(kept is not None)):
+        return kept and kept[0]
+    names = ("2048", "logits_unbiased", "logits")
+    with world.together():
+        own = world.share(batches(len(paths), args.batch_size))
+        out = own and extract(net, paths[own[0].start:own[-1].stop], protocol["size"], args.resize, names,
+                              args.batch_size, args.workers, what if world.is_main else None)
+    parts = [part for part in world.gather(out) if part]
+    if not world.is_main:
+        return None
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if args.protocol == "fid":
+        out = {"features": out["2048"], "logits": out.get("logits_unbiased")}
+        out = {name: x for name, x in out.items() if x is not None}
+    else:
+        out = {"features": out["logits"].double().softmax(1).float(), "logits": out["logits"]}
+    save_or_say(file, out)
+    return out
 
 
 def read_stats(path, protocol):
@@ -533,49 +568,56 @@ def is_result(path):
     return is_json_with(path, "fid", "protocol", "kid_subset_size", "weights_published")
 
 
-def main(argv=None):
-    args = parse(argv)
-    start = time.perf_counter()
-    known = args.real_stats and args.real_stats.is_file()
-    for folder in (args.fake, *([] if known else [args.real])):
-        say_nested(folder)
-    fake_paths = image_files(args.fake)
-    real_paths = [] if known else image_files(args.real)
+def image_sets(args, known, quiet):
+    """(real images, none if their features are known; generated images); BadInput for too few."""
+    if not quiet:
+        for folder in (args.fake, *([] if known else [args.real])):
+            say_nested(folder)
+    fake_paths = image_files(args.fake, quiet)
+    real_paths = [] if known else image_files(args.real, quiet)
     if len(fake_paths) < SPLITS:
         raise BadInput(f"{args.fake}: expected at least {SPLITS} images, one a split of the Inception Score, "
                        f"got {len(fake_paths)}")
     if not known and len(real_paths) <= K:
         raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, "
                        f"got {len(real_paths)}")
-    if known and args.real:
+    if known and args.real and not quiet:
         print(f"real features come from {args.real_stats}; {args.real} is not read", file=sys.stderr)
     smaller = min(len(fake_paths), len(real_paths) or len(fake_paths))
     if args.kid_subset_size is not None and not 2 <= args.kid_subset_size <= smaller:
         raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, "
                        f"got {args.kid_subset_size}")
+    return real_paths, fake_paths
 
-    size = common_side(fake_paths)
-    device = best_device(args.device)
-    net = (Inception if args.protocol == "fid" else ImageNetInception)(args.weights).to(device)
+
+def main(argv=None):
+    args = parse(argv)
+    start = time.perf_counter()
+    known = args.real_stats and args.real_stats.is_file()
+    world = training.start("cpu")  # gloo, whatever --device is: features are gathered on the CPU
+    with world.together():
+        real_paths, fake_paths = image_sets(args, known, quiet=not world.is_main)
+        size = common_side(fake_paths)
+        device = training.own_device(args.device)
+    network = Inception if args.protocol == "fid" else ImageNetInception
+    net = world.main_first(lambda: network(args.weights).to(device))  # it may download the weights
     reflow = args.protocol == "imageclef"
     protocol = {"protocol": args.protocol, "weights": net.source, "size": None if reflow else size,
                 "resize": "numpy.resize" if reflow else args.resize}
 
     def features(folder, paths, what):
-        def compute():
-            out = extract(net, paths, protocol["size"], args.resize, ("2048", "logits_unbiased", "logits"),
-                          args.batch_size, args.workers, what)
-            if args.protocol == "fid":
-                out = {"features": out["2048"], "logits": out.get("logits_unbiased")}
-                return {name: x for name, x in out.items() if x is not None}, None
-            return {"features": out["logits"].double().softmax(1).float(), "logits": out["logits"]}, None
-
         folder = folder.resolve()
         name = f"{folder.name}-{folder_key(paths, *protocol.values())}.safetensors"
-        return cached((args.cache or folder.parent / ".features") / name, compute)[0]
+        file = (args.cache or folder.parent / ".features") / name
+        return shared_features(net, paths, file, protocol, args, world, what)
 
-    real = read_stats(args.real_stats, protocol) if known else features(args.real, real_paths, "real images")
+    with world.together():
+        real = read_stats(args.real_stats, protocol) if known and world.is_main else None
+    if not known:
+        real = features(args.real, real_paths, "real images")
     fake = features(args.fake, fake_paths, "fake images")
+    if not world.is_main:
+        return
     if args.real_stats and not known:
         save_safetensors(args.real_stats, real, protocol)
     numbers = evaluate(real, fake, args.protocol == "fid", args.kid_subset_size)

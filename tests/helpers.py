@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -67,12 +68,27 @@ def start(script, *flags, **settings):
 
 
 def torchrun(script, *flags, processes=2):
-    """A script under torchrun, one thread a process."""
+    """A script under torchrun, one thread a process; it must end with status 0."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
                script, *flags]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150,
                           env=ENV | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def two_ranks(script, *flags):
+    """[(exit status, stderr)] of two processes of a script; nobody ends the others, as torchrun would."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = ENV | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port)}
+    command = [sys.executable, script, *map(str, flags)]
+    processes = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                  stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [p.communicate(timeout=120)[1] for p in processes]
+    return [(p.returncode, err) for p, err in zip(processes, said, strict=True)]
 
 
 def log_lines(run_folder):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import ROOT, torchrun, two_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -434,6 +435,36 @@ def test_workers_are_threads_and_change_nothing(folders, monkeypatch):
         numbers = command(folders, *flags)
         results.append({k: v for k, v in numbers.items() if k != "seconds"})
     assert results[0] == results[1]
+
+
+def test_two_processes_share_the_images_and_give_the_numbers_of_one(folders, monkeypatch):
+    monkeypatch.undo()                                      # the network itself
+    (folders / "fake/images/notes.txt").touch()
+    common = ["--real", folders / "real", "--fake", folders / "fake", "--weights", "rule", "--batch-size", 4,
+              "--device", "cpu", "--workers", 0]
+
+    def flags(name):
+        files = "--json", folders / f"{name}.json", "--real-stats", folders / f"{name}.safetensors"
+        return [str(x) for x in (*common, *files, "--cache", folders / f"cache-{name}")]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                # as under torchrun
+    metrics.main(flags("one"))
+    torch.set_num_threads(threads)
+    done = torchrun(ROOT / "metrics.py", *flags("two"))
+    assert done.stdout.count("precision  ") == done.stderr.count("1 other files left out") == 1
+    assert "8/8" in done.stderr and "4/4" not in done.stderr    # the bar of the first alone
+    one, two = (json.loads((folders / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one | {"seconds": 0} == two | {"seconds": 0} and one["n_fake"] == 12 and one["n_real"] == 15
+    for path in ("one.safetensors", *(f"cache-one/{p.name}" for p in (folders / "cache-one").iterdir())):
+        assert (folders / path).read_bytes() == (folders / path.replace("one", "two")).read_bytes()
+
+    whole = (folders / "fake/images/9.png").read_bytes()
+    (folders / "fake/images/z.png").write_bytes(whole[:len(whole) // 2])        # in the share of the second
+    ended = two_ranks(ROOT / "metrics.py", *common, "--cache", folders / "cache-two")
+    assert [status for status, _ in ended] == [2, 2], ended
+    assert "error: another process of this command stopped" in ended[0][1]
+    assert ended[1][1].count("\n") == 1 and "z.png: " in ended[1][1]
 
 
 def test_a_result_that_cannot_be_kept_is_refused_before_the_work(folders):

@@ -5,14 +5,11 @@ from command import BadInput
 import errno
 import json
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
-from helpers import ENV, ROOT, fixture, tiny_msdm, torchrun
+from helpers import ROOT, fixture, tiny_msdm, torchrun, two_ranks
 from PIL import Image
 
 import data
@@ -263,18 +260,10 @@ run_command(sampler.main)
 def test_a_process_that_fails_leaves_no_other_waiting(checkpoint, tmp_path):
     """Nobody ends the others here, as torchrun would."""
     (tmp_path / "two.py").write_text(FAILS_ON_ONE)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     flags = ["--ckpt", checkpoint, "--prompt", PROMPT, "-n", 4, "--steps", 2, "--grid"]
-    processes = [subprocess.Popen(
-        [sys.executable, tmp_path / "two.py", *map(str, flags), "--out", tmp_path / "o"],
-        stderr=subprocess.PIPE, text=True,
-        env=ENV | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(2)]
-    said = [p.communicate(timeout=60)[1] for p in processes]
-    assert [p.returncode for p in processes] == [2, 2], said
-    assert "error: another process stopped" in said[0] and "No space left on device" in said[1]
+    (status, first), (other, second) = two_ranks(tmp_path / "two.py", *flags, "--out", tmp_path / "o")
+    assert (status, other) == (2, 2), first + second
+    assert "error: another process stopped" in first and "No space left on device" in second
     assert len(hashes_of(tmp_path / "o")) == 2 and not (tmp_path / "o/grid.png").exists()
 
 
