@@ -110,14 +110,17 @@ def sample_timesteps(n, T, logit_normal, generator):
 def min_snr_weight(prediction, alpha_bar_t, gamma):
     """Weights of the squared errors (2303.09556, Sec. 3.4).
 
-    min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps".
+    min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps". For "v" it follows from the first: an error of
+    v is one of x_0 times sqrt(1 - alpha_bar_t), so min(SNR, gamma) / (SNR + 1).
     """
     snr = alpha_bar_t / (1 - alpha_bar_t)
     if prediction == "x_0":
         return snr.clamp(max=gamma)
     if prediction == "eps":
         return (gamma / snr).clamp(max=1)
-    raise ValueError(f"prediction {prediction!r}: min-SNR weights are for eps and x_0")
+    if prediction == "v":
+        return snr.clamp(max=gamma) * (1 - alpha_bar_t)
+    raise ValueError(f"prediction {prediction!r} is not one of eps, x_0, v")
 
 
 # Solvers

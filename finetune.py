@@ -217,7 +217,7 @@ def unet3_data(args, unet, folder, encoders):
 
 
 def loss_fn(network, x_0, condition, t, eps, alpha_bar, prediction, gamma):
-    """DDPM, Algorithm 1, for a network that predicts eps or x_0, with min-SNR weights: a scalar.
+    """DDPM, Algorithm 1, for a network that predicts eps, x_0 or v, with min-SNR weights: a scalar.
 
     x_0 and eps (b, ...), t (b,), alpha_bar (T,); gamma 0 weights all times alike.
     """

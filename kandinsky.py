@@ -47,10 +47,10 @@ class Schedule:
     """The noise schedule of a network, what it predicts, and how its prediction is turned into x_0."""
 
     alpha_bar: torch.Tensor  # (T,) float64
-    prediction: str  # "eps" or "x_0": what the network predicts
+    prediction: str  # "eps", "x_0" or "v": what the network predicts
     clip: float | None  # x_0 is clamped to [-clip, clip]
     threshold: tuple[float, float] | None  # dynamic thresholding instead: quantile of |x_0|, largest bound
-    learned_variance: bool
+    variance: str  # of ddpm's steps: "small", the posterior's; "large", beta (DDPM, Sec. 3.2); or "learnt"
     spacing: str
     offset: int
     unclip: bool  # published for UnCLIPScheduler, which rounds differently
@@ -78,23 +78,49 @@ def dynamic_threshold(x_0, quantile, largest):
     return x_0.clamp(-s, s) / s
 
 
+SCHEDULERS = {  # class of a published schedule: does it clip x_0 by default, its spacing by default
+    "DDPMScheduler": (True, "leading"), "DDIMScheduler": (True, "leading"),
+    "UnCLIPScheduler": (True, "linspace"), "PNDMScheduler": (False, "leading"),
+    **dict.fromkeys(("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+                     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler",
+                     "UniPCMultistepScheduler"), (False, "linspace"))}
+OF_SOLVERS = (  # settings of the solver that a schedule was saved with
+    "algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "final_sigmas_type",
+    "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final", "predict_x0",
+    "predictor_order", "set_alpha_to_one", "sigma_max", "sigma_min", "skip_prk_steps", "solver_order",
+    "solver_p", "solver_type", "time_shift_type", "use_beta_sigmas", "use_exponential_sigmas",
+    "use_karras_sigmas", "use_lu_lambdas")
+
+
 def read_schedule(folder):
-    """The Schedule of a folder with scheduler_config.json; BadInput for settings that are not supported."""
+    """The Schedule of a folder with scheduler_config.json; BadInput for settings that are not supported.
+
+    Whatever solver it was saved with: that is not read, sampler.py has its own.
+    """
     path = Path(folder) / "scheduler_config.json"
     config = read_json(path)
     names = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-    predictions = {"epsilon": "eps", "sample": "x_0"}
-    # Both fixed ones are the variance of the posterior.
-    variances = ("fixed_small", "fixed_small_log", "learned_range")
-    unclip = config.get("_class_name") == "UnCLIPScheduler"
+    predictions = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
+    variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large",
+                 "fixed_large_log": "large", "learned_range": "learnt"}
+    kind = config.get("_class_name", "DDPMScheduler")
+    if not isinstance(kind, str) or kind not in SCHEDULERS:
+        raise BadInput(f"{path}: not supported: _class_name={kind!r:.100}, expected one of "
+                       f"{', '.join(SCHEDULERS)}")
+    unclip, (clips, spacing) = kind == "UnCLIPScheduler", SCHEDULERS[kind]
+    if config.get("variance_type", "") is None:  # of a solver that draws no noise
+        del config["variance_type"]
     c = check_config(
-        config, path, "UnCLIPScheduler" if unclip else "DDPMScheduler",
-        defaults={"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2" if unclip else "linear",
-                  "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": True,
+        config, path, kind,
+        defaults={**dict.fromkeys(OF_SOLVERS), "num_train_timesteps": 1000,
+                  "beta_schedule": "squaredcos_cap_v2" if unclip else "linear",
+                  "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon", "clip_sample": clips,
                   "clip_sample_range": 1.0, "thresholding": False, "dynamic_thresholding_ratio": 0.995,
                   "sample_max_value": 1.0, "variance_type": "fixed_small_log" if unclip else "fixed_small",
-                  "timestep_spacing": "linspace" if unclip else "leading", "steps_offset": 0},
-        allowed={"trained_betas": (None,), "rescale_betas_zero_snr": (False,)})
+                  "timestep_spacing": spacing, "steps_offset": 0},
+        allowed={"trained_betas": (None,), "shift_terminal": (None,), "timestep_type": ("discrete",),
+                 **dict.fromkeys(("rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting"),
+                                 (False,))})
     for key, supported in (("beta_schedule", names), ("prediction_type", predictions),
                            ("variance_type", variances),
                            ("timestep_spacing", ("leading", "trailing", "linspace"))):
@@ -113,7 +139,7 @@ def read_schedule(folder):
         prediction=predictions[c["prediction_type"]],
         clip=c["clip_sample_range"] if c["clip_sample"] else None,
         threshold=threshold if c["thresholding"] else None,
-        learned_variance=c["variance_type"] == "learned_range",
+        variance=variances[c["variance_type"]],
         spacing=c["timestep_spacing"], offset=c["steps_offset"], unclip=unclip)
 
 
@@ -122,7 +148,14 @@ def read_schedule(folder):
 
 def denoiser_of(predict, schedule, alpha_bar, times):
     """diffusion.denoiser with the prediction type, bound and variance of a Schedule."""
-    times = times if schedule.learned_variance else None
+    if schedule.variance == "large":  # the upper end of a learnt one
+        fixed = predict
+
+        def predict(x_t, t):
+            out, _ = fixed(x_t, t)
+            return out, torch.ones_like(out)
+
+    times = None if schedule.variance == "small" else times
     return denoiser(predict, alpha_bar, schedule.prediction, schedule.bound, times)
 
 

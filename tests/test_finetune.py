@@ -201,9 +201,11 @@ def test_min_snr_weights(prediction, gamma):
                                                                     generator=g), torch.tensor([30, 500, 950])
     loss = finetune.loss_fn(Zero(1, 1), x_0, [None], t, eps, alpha_bar, prediction, gamma)
     snr = (alpha_bar / (1 - alpha_bar))[t]
-    weight = {"eps": snr.clamp(max=gamma) / snr,
-              "x_0": snr.clamp(max=gamma)}[prediction] if gamma else torch.ones(3)
-    error = (x_0 if prediction == "x_0" else eps).square().mean(dim=(1, 2, 3))
+    weight = {"eps": snr.clamp(max=gamma) / snr, "x_0": snr.clamp(max=gamma),
+              "v": snr.clamp(max=gamma) / (snr + 1)}[prediction] if gamma else torch.ones(3)
+    a_t = alpha_bar[t].view(3, 1, 1, 1)
+    aim = {"eps": eps, "x_0": x_0, "v": a_t.sqrt() * eps - (1 - a_t).sqrt() * x_0}[prediction]
+    error = aim.square().mean(dim=(1, 2, 3))
     close(loss, (weight * error).mean(), 1e-5)
     assert snr[0] > 5 > snr[1]
 

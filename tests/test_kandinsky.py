@@ -459,12 +459,12 @@ def test_a_larger_image_is_whole_blocks():
 def schedule(**changes):
     settings = {"alpha_bar": diffusion.schedule("cosine"), "prediction": "eps", "clip": None,
                 "threshold": None,
-                "learned_variance": False, "spacing": "leading", "offset": 0, "unclip": False}
+                "variance": "small", "spacing": "leading", "offset": 0, "unclip": False}
     return Schedule(**settings | changes)
 
 
 def test_float32_steps_agree_with_the_exact_ones():
-    s, steps = schedule(prediction="x_0", learned_variance=True), 10
+    s, steps = schedule(prediction="x_0", variance="learnt"), 10
     noise = torch.randn(steps, 2, 3, generator=torch.Generator().manual_seed(0))
 
     def predict(x_t, t):
@@ -476,9 +476,10 @@ def test_float32_steps_agree_with_the_exact_ones():
     close(kandinsky.reference_ddpm(predict, s, times, x_T, iter(noise).__next__), exact, 1e-4)
 
 
-@pytest.mark.parametrize(("v", "end"), [(-1.0, "small"), (1.0, "beta")])
-def test_learnt_variance_runs_between_its_bounds(v, end):
-    s = schedule(learned_variance=True)
+@pytest.mark.parametrize(("v", "end", "variance"), [
+    (-1.0, "small", "learnt"), (1.0, "beta", "learnt"), (0.3, "beta", "large")])
+def test_learnt_variance_runs_between_its_bounds(v, end, variance):
+    s = schedule(variance=variance)
     times = torch.tensor([600, 400])
     _, log_variance = denoiser_of(lambda x, t: (x, torch.full_like(x, v)), s, s.alpha_bar,
                                   times)(torch.zeros(1, 2), 600)
@@ -503,13 +504,14 @@ def test_schedules_are_read_from_the_folder():
                                                                                             "linspace", True)
     assert torch.equal(prior.timesteps(4), torch.tensor([999, 666, 333, 0]))
     decoder = read_schedule(fixture("kandinsky-2-2-decoder") / "scheduler")
-    assert decoder.learned_variance and decoder.threshold == (0.99, 2.0)
+    assert decoder.variance == "learnt" and decoder.threshold == (0.99, 2.0)
     assert decoder.timesteps(4).tolist() == [750, 500, 250, 0]
 
 
 @pytest.mark.parametrize("change", [
-    {"beta_schedule": "sigmoid"}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True},
-    {"variance_type": "fixed_large"}, {"use_karras_sigmas": True}, {"trained_betas": [0.1]}])
+    {"beta_schedule": "sigmoid"}, {"prediction_type": "flow_prediction"}, {"rescale_betas_zero_snr": True},
+    {"variance_type": "learned"}, {"use_flow_sigmas": True}, {"trained_betas": [0.1]},
+    {"_class_name": "LCMScheduler"}, {"new_setting": 1}])
 def test_an_unknown_schedule_is_refused_by_name_and_value(change, tmp_path):
     write_json(tmp_path / "scheduler_config.json",
                {"_class_name": "DDPMScheduler", "beta_schedule": "linear"} | change)
