@@ -117,14 +117,17 @@ def clip_preprocessor(folder):
     size = c.get("size")
     side = size.get("shortest_edge") if isinstance(size, dict) else size  # older files have plain numbers
     fixed = {"crop_size": (side, {"height": side, "width": side}), "resample": (3,),
-             "rescale_factor": (1 / 255,),
-             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,))}
+             "do_rescale": (True, False),
+             **dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), (True,))}
     wrong = [f"{k}={c.get(k)!r:.100}" for k, v in fixed.items() if c.get(k) not in v]
     if type(side) is not int or side < 1:
         wrong.append(f"size={size!r:.100}")
     wrong += [f"{k}={c.get(k)!r:.100}, expected three numbers{more}"
               for k, low, more in (("image_mean", -1e6, ""), ("image_std", 0, " above 0"))
               if not _are_three(c.get(k), low)]
+    factor = c["rescale_factor"] if c["do_rescale"] else 1.0
+    if not _are_three([factor] * 3, 0):
+        wrong.append(f"rescale_factor={factor!r:.100}, expected a number above 0")
     if wrong:
         raise BadInput(f"{file}: not supported: {', '.join(wrong)}")
     mean, std = (torch.tensor(c[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
@@ -134,7 +137,7 @@ def clip_preprocessor(folder):
         w, h = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
         left, top = (w - side) // 2, (h - side) // 2
         img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-        return (torch.from_numpy(np.array(img)).permute(2, 0, 1) / 255 - mean) / std
+        return (torch.from_numpy(np.array(img)).permute(2, 0, 1) / (1 / factor) - mean) / std
 
     return transform
 
