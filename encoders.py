@@ -14,24 +14,27 @@ import torch
 from PIL import Image
 
 from files import read_json, refuse_pointer
-from weights import check_finite
+from weights import HALF, check_finite, refuse_pickles
 
 
 def load_transformer(cls, folder, dtype=None):
     """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails.
 
-    No code of the folder is run, and nothing unpickled. An encoder whose full-precision file is absent is
-    read from the half-precision one.
+    No code of the folder is run, and nothing unpickled. Of weights in two precisions those for dtype are
+    read.
     """
     folder = Path(folder)
+    for file in folder.glob("*"):
+        if file.is_file():
+            refuse_pointer(file)
     if dtype is None:
         settings = {"trust_remote_code": False}
     else:
         read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
-        for file in folder.glob("*.safetensors"):
-            refuse_pointer(file)
-        full = any(".fp16" not in f.name for f in folder.glob("*.safetensors"))
-        settings = {"dtype": dtype, "use_safetensors": True, "variant": None if full else "fp16"}
+        refuse_pickles(folder)
+        halves = [".fp16" in f.name for f in folder.glob("*.safetensors")]
+        half = any(halves) and (dtype in HALF or all(halves))
+        settings = {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None}
     try:
         loaded = cls.from_pretrained(folder, local_files_only=True, **settings)
     except MemoryError:

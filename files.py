@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 LARGEST_JSON = 64 << 20  # bytes; configs and indices of weights are far smaller
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without git-lfs has for a large file
+TORCH_SAVE = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9c")  # starts of its files: a zip; before torch 1.6
 
 
 @contextlib.contextmanager
@@ -87,6 +88,8 @@ def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            refuse_pointer(path)
         raise BadInput(f"{path}: not a JSON file ({error})") from None
     except RecursionError:
         raise BadInput(f"{path}: not a JSON file that can be read: brackets too deep") from None
@@ -180,6 +183,7 @@ def _open(path, device):
             yield f
     except SafetensorError as error:
         refuse_pointer(path)
+        refuse_pickle(path)
         raise BadInput(f"{path}: not a whole safetensors file ({reason(error)})") from None
 
 
@@ -188,6 +192,14 @@ def refuse_pointer(path):
     with open(path, "rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
             raise BadInput(f"{path}: a git-lfs pointer instead of the file: run `git lfs pull` in its folder")
+
+
+def refuse_pickle(path):
+    """BadInput for a file of torch.save in place of safetensors: an original checkpoint, say."""
+    with open(path, "rb") as f:
+        if f.read(7).startswith(TORCH_SAVE):
+            raise BadInput(f"{path}: a pickle of torch.save (.pt, .ckpt, .bin), which may run code and is "
+                           "not read; expected safetensors; of Kandinsky a folder as published for diffusers")
 
 
 def _metadata(f, path):

@@ -197,13 +197,13 @@ def decoder_data(args, decoder, folder, encoders):
 @torch.no_grad()
 def unet3_data(args, unet, folder, encoders):
     """x_0: MoVQ latents (n, 4, h, w). Conditions: T5 states, mask, own length + 1 as in Kandinsky3.sample."""
-    from transformers import AutoTokenizer
+    from transformers import T5Tokenizer
 
     latents = encoders.latents(folder, unet, args.size)
     prompts, rows = encoders.prompts()
     text_dtype = torch.float32 if encoders.dtype == torch.float32 else torch.bfloat16
     text_device = args.text_device or encoders.world.device
-    tokenizer = load_transformer(AutoTokenizer, folder / "tokenizer")
+    tokenizer = load_transformer(T5Tokenizer, folder / "tokenizer")
     pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
     pipeline.prepare(prompts, cache=encoders.folder, is_main=encoders.world.is_main)
     texts = [pipeline.texts[p] for p in prompts[1:]]

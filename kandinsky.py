@@ -416,7 +416,7 @@ class Kandinsky3:
     @classmethod
     def from_pretrained(cls, folder, lora=None, dtype=torch.float32, text_device=None):
         """A published folder or hub name; lora: a PEFT folder. MoVQ stays float32, T5 is never float16."""
-        from transformers import AutoTokenizer
+        from transformers import T5Tokenizer
 
         folder = fetch(folder, dtype)
         unet = load_unet3(folder / "unet", dtype)
@@ -424,7 +424,7 @@ class Kandinsky3:
             load_adapter(unet, lora)
         return cls(unet, read_schedule(folder / "scheduler"), folder / "text_encoder",
                    torch.float32 if dtype == torch.float32 else torch.bfloat16, text_device,
-                   load_transformer(AutoTokenizer, folder / "tokenizer"), load_movq(folder / "movq"))
+                   load_transformer(T5Tokenizer, folder / "tokenizer"), load_movq(folder / "movq"))
 
     @staticmethod
     def size_multiple(folder):

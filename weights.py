@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from files import load_safetensors, read_json, text_hash
+from files import load_safetensors, read_json, refuse_pickle, text_hash
 
 DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kandinsky have in common
     ("down_blocks.#", "down.#"),
@@ -34,6 +34,10 @@ DIFFUSERS_NAMES = (  # published name, ours: what the published networks of Kand
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes that weights may have
+HALF = (torch.bfloat16, torch.float16)  # those that are read from the .fp16 variant where there is one
+
+AVERAGING = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+             "use_ema_warmup")  # what averaged weights (EMA) have in config.json; nothing of the network
 
 
 def rename(name, rules, back=False):
@@ -196,6 +200,9 @@ def fetch(name, dtype=None):
     """
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        refuse_pickle(name)
+        raise BadInput(f"{name}: a file; expected a folder, or a name on the hub")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise BadInput(f"{name}: no such folder")
     import huggingface_hub as hub  # only here: a local folder needs no hub
@@ -211,19 +218,19 @@ def fetch(name, dtype=None):
         raise BadInput(message) from None
 
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FETCHED = (".json", ".txt", ".model", ".safetensors")  # endings of configs, tokenizers, weights
 
 
 def files_to_fetch(names, dtype=None):
     """The files of a repository that a model of dtype is read from, of all their names."""
-    half = dtype in (torch.float16, torch.bfloat16)
     names = [n for n in names if n.endswith(FETCHED)]
     weights = {}  # folder -> is it half precision -> names of the weights and their indices
     for n in names:
         if ".safetensors" in n:
             folder, _, file = n.rpartition("/")
             weights.setdefault(folder, {}).setdefault(".fp16" in file, []).append(n)
-    unread = {n for both in weights.values() if len(both) == 2 for n in both[not half]}
+    unread = {n for both in weights.values() if len(both) == 2 for n in both[dtype not in HALF]}
     return [n for n in names if n not in unread]
 
 
@@ -234,13 +241,23 @@ def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    variants = [".fp16", ""] if dtype in (torch.float16, torch.bfloat16) else ["", ".fp16"]
+    variants = [".fp16", ""] if dtype in HALF else ["", ".fp16"]
     for variant in variants:
         if (whole := folder / f"{stem}{variant}.safetensors").is_file():
             return config, load_safetensors(whole)[0]
         if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
             return config, _read_shards(index)
-    raise BadInput(f"{folder}: expected {stem}.safetensors, its .fp16 variant, or shards with an index")
+    refuse_pickles(folder)
+    raise BadInput(f"{folder}: expected {stem}.safetensors, its .fp16 variant, or shards with an index; "
+                   "pickles (.bin) are neither downloaded nor read")
+
+
+def refuse_pickles(folder):
+    """BadInput for a folder of weights in pickles only."""
+    found = sorted(f.name for f in Path(folder).glob("*") if f.suffix in PICKLES)
+    if found and not any(Path(folder).glob("*.safetensors")):
+        raise BadInput(f"{folder}: holds pickles only ({listed(found, 3)}), which may run code and are not "
+                       "read: save it as safetensors, by save_pretrained of the library that wrote it")
 
 
 def _read_shards(index):
