@@ -20,8 +20,8 @@ from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_publish
 class PlainNorm(nn.GroupNorm):
     """The encoder's group normalisation, with the call signature of the decoder's SpatialNorm."""
 
-    def __init__(self, ch):
-        super().__init__(32, ch, eps=1e-6)
+    def __init__(self, ch, groups=32):
+        super().__init__(groups, ch, eps=1e-6)
 
     def forward(self, x, z=None):
         return super().forward(x)
@@ -32,7 +32,7 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, ch, latent_ch):
         super().__init__()
-        self.plain = PlainNorm(ch)
+        self.plain = PlainNorm(ch)  # 32 groups, whatever the encoder has
         self.scale = nn.Conv2d(latent_ch, ch, 1)
         self.shift = nn.Conv2d(latent_ch, ch, 1)
 
@@ -116,16 +116,17 @@ class MoVQLevel(nn.Module):
 class MoVQEncoder(nn.Module):
     """forward(img (b, 3, H, W)) -> (b, latent_ch, H / s, W / s), s = 2^(levels - 1)."""
 
-    def __init__(self, widths, attention, n_res, latent_ch):
+    def __init__(self, widths, attention, n_res, latent_ch, groups):
         super().__init__()
+        norm = partial(PlainNorm, groups=groups)
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, (ch, has_attention) in enumerate(zip(widths, attention, strict=True)):
             above = widths[max(i - 1, 0)]
             resample = Downsample(ch) if i + 1 < len(widths) else None
-            self.down.append(MoVQLevel(above, ch, PlainNorm, n_res, n_res * has_attention, resample))
-        self.mid = MoVQLevel(ch, ch, PlainNorm, 2, 1)
-        self.norm_out = PlainNorm(ch)
+            self.down.append(MoVQLevel(above, ch, norm, n_res, n_res * has_attention, resample))
+        self.mid = MoVQLevel(ch, ch, norm, 2, 1)
+        self.norm_out = norm(ch)
         self.conv_out = nn.Conv2d(ch, latent_ch, 3, padding=1)
 
     def forward(self, img):
@@ -183,10 +184,10 @@ class MoVQ(nn.Module):
         ("to_out.0|proj_attn", "to_out.0"),
     )
 
-    def __init__(self, widths, down_attention, up_attention, n_res, latent_ch, z_ch, n_codes):
+    def __init__(self, widths, down_attention, up_attention, n_res, latent_ch, z_ch, n_codes, groups):
         super().__init__()
         self.factor = 2 ** (len(widths) - 1)  # side of a latent cell in pixels
-        self.encoder = MoVQEncoder(widths, down_attention, n_res, latent_ch)
+        self.encoder = MoVQEncoder(widths, down_attention, n_res, latent_ch, groups)
         self.quant_conv = nn.Conv2d(latent_ch, z_ch, 1)
         self.codebook = nn.Embedding(n_codes, z_ch)
         self.post_quant_conv = nn.Conv2d(z_ch, latent_ch, 1)
@@ -214,20 +215,22 @@ def build_movq(config: dict):
         config, "MoVQ", "VQModel",
         defaults={"block_out_channels": (64,), "down_block_types": down[:1], "up_block_types": up[:1],
                   "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": None, "num_vq_embeddings": 256,
+                  "norm_num_groups": 32,
                   "sample_size": None, "scaling_factor": None, "force_upcast": None},  # the last 3: unused
-        allowed={"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",), "norm_num_groups": (32,),
+        allowed={"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",),
                  "norm_type": ("spatial",), "mid_block_add_attention": (True,),
                  "lookup_from_codebook": (False,)})
     for key, kinds in (("down_block_types", down), ("up_block_types", up)):
         if len(c[key]) != len(c["block_out_channels"]) or set(c[key]) - set(kinds):
             raise BadInput(f"MoVQ: not supported: {key}={c[key]!r:.100}")
-    check_divisible("MoVQ", "block_out_channels", c["block_out_channels"], "norm_num_groups", 32)
+    for key, groups in (("norm_num_groups", c["norm_num_groups"]), ("groups of the decoder's norms", 32)):
+        check_divisible("MoVQ", "block_out_channels", c["block_out_channels"], key, groups)
     z_ch = c["latent_channels"] if c["vq_embed_dim"] is None else c["vq_embed_dim"]
     if z_ch != 4:
         raise BadInput(f"MoVQ: not supported: vq_embed_dim={z_ch!r:.100}, expected 4, as the U-Nets read")
     return MoVQ(c["block_out_channels"], [kind == down[1] for kind in c["down_block_types"]],
                 [kind == up[1] for kind in c["up_block_types"]], c["layers_per_block"], c["latent_channels"],
-                z_ch, c["num_vq_embeddings"])
+                z_ch, c["num_vq_embeddings"], c["norm_num_groups"])
 
 
 def load_movq(folder, dtype=torch.float32):

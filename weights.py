@@ -151,12 +151,12 @@ def check_config(config, source, kind, defaults, allowed):
     """The settings of a published config.json that are read, or BadInput with every unsupported value.
 
     defaults: the settings that are read, with their values where a file lacks them; allowed: the supported
-    values of settings that are not read.
+    values of settings that are not read. Notes of how the weights were averaged are passed over.
     """
     if config.get("_class_name", kind) != kind:
         raise BadInput(f"{source}: expected the config of a {kind}, got {str(config['_class_name']):.100}")
     wrong = [f"{k}={v!r:.100}" for k, v in config.items()
-             if not k.startswith("_") and k not in defaults and v not in allowed.get(k, ())]
+             if not k.startswith("_") and k not in (*defaults, *AVERAGING) and v not in allowed.get(k, ())]
     if wrong:
         raise BadInput(f"{source}: not supported in a {kind}: {listed(wrong, 20)}")
     settings = defaults | {k: v for k, v in config.items() if k in defaults}
