@@ -36,7 +36,7 @@ from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers
 from runfolder import check_finite
-from weights import fetch
+from weights import check_kind, fetch, prior_part
 
 
 @dataclass
@@ -123,7 +123,8 @@ class EncoderCache:
         """CLIP embeddings (n + 1, d): of a zero image, the decoder's null condition, then of the images."""
         from transformers import CLIPVisionModelWithProjection
 
-        encoder_folder, processor_folder = self.clip / "image_encoder", self.clip / "image_processor"
+        encoder_folder, processor_folder = (prior_part(self.clip, name)
+                                            for name in ("image_encoder", "image_processor"))
 
         def make():
             encoder = load_transformer(CLIPVisionModelWithProjection, encoder_folder, self.dtype)
@@ -168,17 +169,18 @@ def prior_data(args, prior, folder, encoders):
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     prompts, rows = encoders.prompts()
-    tokenizer = load_transformer(CLIPTokenizer, folder / "tokenizer")
+    text_folder, tokenizer_folder = prior_part(folder, "text_encoder"), prior_part(folder, "tokenizer")
+    tokenizer = load_transformer(CLIPTokenizer, tokenizer_folder)
 
     def make():
-        encoder = load_transformer(CLIPTextModelWithProjection, folder / "text_encoder", encoders.dtype)
+        encoder = load_transformer(CLIPTextModelWithProjection, text_folder, encoders.dtype)
         encoder.to(encoders.world.device)
         parts = tqdm(data.batches(len(prompts), 64), "text embeddings", disable=len(prompts) < 500)
         encoded = [[x.cpu() for x in clip_texts(encoder, tokenizer, prompts[part])] for part in parts]
         embeds, states, mask = map(torch.cat, zip(*encoded, strict=True))
         return {"embeds": embeds, "states": states, "mask": mask}
 
-    key = folder_hash(folder / "text_encoder"), folder_hash(folder / "tokenizer"), *prompts, encoders.dtype
+    key = folder_hash(text_folder), folder_hash(tokenizer_folder), *prompts, encoders.dtype
     texts = encoders.kept("clip-texts", key, make)
     if encoders.world.is_main:
         warn_of_cut(tokenizer, prompts, texts["states"].shape[1])
@@ -270,33 +272,38 @@ class Objective:
                            self.prediction, self.args.min_snr_gamma)
 
 
-KANDINSKY = {  # folder of the network, its loader, its training data, what else these depend on
-    "prior": ("prior", load_prior, prior_data,
+KANDINSKY = {  # kinds of its folder, the network's part, its loader, its training data, what else these read
+    "prior": (("prior", "combined"), "prior", load_prior, prior_data,
               ("scheduler", "text_encoder", "tokenizer", "image_encoder", "image_processor")),
-    "decoder": ("unet", load_decoder, decoder_data,
+    "decoder": (("decoder", "combined"), "unet", load_decoder, decoder_data,
                 ("scheduler", "movq", "image_encoder", "image_processor")),
-    "unet3": ("unet", load_unet3, unet3_data, ("scheduler", "movq", "text_encoder", "tokenizer")),
+    "unet3": (("3",), "unet", load_unet3, unet3_data, ("scheduler", "movq", "text_encoder", "tokenizer")),
 }
 
 
 def kandinsky_task(args, world):
     """(run, task) for a network of a published folder."""
     dtype = fast_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    part, load, encode, others = KANDINSKY[args.network]
+    kinds, part, load, encode, others = KANDINSKY[args.network]
     with world.together():
         lora.config_of(args)  # bad flags fail before anything is read
         folder = fetch(args.model, dtype)
         clip = fetch(args.prior, dtype) if args.network == "decoder" else folder
-        network, schedule = load(folder / part, dtype), read_schedule(folder / "scheduler")
+        check_kind(folder, *kinds)
+        if args.network == "decoder":
+            check_kind(clip, "prior", "combined")
+        own = prior_part if args.network == "prior" else Path
+        network, schedule = load(own(folder, part), dtype), read_schedule(own(folder, "scheduler"))
         inject(network, args)
         if args.network != "prior":
             load_autoencoder(folder, network, args.size)
     train, val, fingerprint = training.read_data(args, world)
     with world.together():
         readable, images, val_images = readable_images(train, val, args)
-        hashes = {"weights": folder_hash(folder / part)}
+        hashes = {"weights": folder_hash(own(folder, part))}
         for name in others:
-            hashes[f"{name}_hash"] = folder_hash((clip if name.startswith("image_") else folder) / name)
+            of_clip = name.startswith("image_")
+            hashes[f"{name}_hash"] = folder_hash(prior_part(clip, name) if of_clip else own(folder, name))
 
     def steps(images_a_step):
         return math.ceil(args.epochs * len(images) / images_a_step) if args.epochs else args.steps

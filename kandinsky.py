@@ -37,7 +37,7 @@ from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
 from unet import InItsDtype
-from weights import check_config, fetch
+from weights import check_config, check_kind, fetch, prior_part
 
 # Schedules: a published scheduler_config.json in terms of diffusion.py
 
@@ -269,26 +269,34 @@ class Kandinsky22:
         self.decoder, self.decoder_schedule, self.movq = decoder, decoder_schedule, movq
 
     @classmethod
-    def from_pretrained(cls, prior, decoder, prior_lora=None, decoder_lora=None, dtype=torch.float32):
-        """prior, decoder: published folders or hub names. Adapters: PEFT folders. MoVQ stays float32."""
+    def from_pretrained(cls, prior, decoder=None, prior_lora=None, decoder_lora=None, dtype=torch.float32):
+        """prior, decoder: published folders or hub names; None: the folder of both. Adapters: PEFT folders.
+
+        MoVQ stays float32.
+        """
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-        prior, decoder = fetch(prior, dtype), fetch(decoder, dtype)
-        networks = load_prior(prior / "prior", dtype), load_decoder(decoder / "unet", dtype)
+        prior = fetch(prior, dtype)
+        decoder = prior if decoder is None else fetch(decoder, dtype)
+        check_kind(decoder, "decoder", "combined")
+        check_kind(prior, "prior", "combined")
+        names = "prior", "text_encoder", "image_encoder", "tokenizer", "scheduler"
+        part = {name: prior_part(prior, name) for name in names}
+        networks = load_prior(part["prior"], dtype), load_decoder(decoder / "unet", dtype)
         width = networks[0].to_embed.out_features  # of an image embedding
         check_match(decoder, "width of an image embedding", width, networks[1].to_tokens.in_features)
         for network, adapter in zip(networks, (prior_lora, decoder_lora), strict=True):
             if adapter is not None:
                 load_adapter(network, adapter)
-        text_encoder = load_transformer(CLIPTextModelWithProjection, prior / "text_encoder", dtype)
-        image_encoder = load_transformer(CLIPVisionModelWithProjection, prior / "image_encoder", dtype)
-        tokenizer = load_transformer(CLIPTokenizer, prior / "tokenizer")
-        check_vocabulary(prior / "tokenizer", tokenizer, text_encoder)
-        check_match(prior / "text_encoder", "width", width, text_encoder.config.projection_dim)
-        check_match(prior / "image_encoder", "width", width, image_encoder.config.projection_dim)
+        text_encoder = load_transformer(CLIPTextModelWithProjection, part["text_encoder"], dtype)
+        image_encoder = load_transformer(CLIPVisionModelWithProjection, part["image_encoder"], dtype)
+        tokenizer = load_transformer(CLIPTokenizer, part["tokenizer"])
+        check_vocabulary(part["tokenizer"], tokenizer, text_encoder)
+        check_match(part["text_encoder"], "width", width, text_encoder.config.projection_dim)
+        check_match(part["image_encoder"], "width", width, image_encoder.config.projection_dim)
         tokens = networks[0].positions.shape[1] - 4  # beside embedding, time, x and query
-        check_match(prior / "text_encoder", "number of tokens", tokens, clip_length(text_encoder))
-        return cls(networks[0], read_schedule(prior / "scheduler"), text_encoder, tokenizer, image_encoder,
+        check_match(part["text_encoder"], "number of tokens", tokens, clip_length(text_encoder))
+        return cls(networks[0], read_schedule(part["scheduler"]), text_encoder, tokenizer, image_encoder,
                    networks[1], read_schedule(decoder / "scheduler"), load_movq(decoder / "movq"))
 
     @staticmethod
@@ -419,6 +427,7 @@ class Kandinsky3:
         from transformers import T5Tokenizer
 
         folder = fetch(folder, dtype)
+        check_kind(folder, "3")
         unet = load_unet3(folder / "unet", dtype)
         if lora is not None:
             load_adapter(unet, lora)

@@ -29,7 +29,7 @@ from unet import (
     through,
     timestep_embedding,
 )
-from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published
+from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published, refuse_other_unet
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
 
@@ -309,6 +309,7 @@ def build_decoder(config: dict):
            "projection_class_embeddings_input_dim",
            "class_embeddings_concat", "mid_block_only_cross_attention", "cross_attention_norm",
            "num_attention_heads", "reverse_transformer_layers_per_block", "upcast_attention")
+    refuse_other_unet("decoder U-Net", config)
     c = check_config(
         config, "decoder U-Net", "UNet2DConditionModel",
         defaults={"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
@@ -324,9 +325,9 @@ def build_decoder(config: dict):
                  "dropout": (0.0,), "mid_block_scale_factor": (1,), "resnet_out_scale_factor": (1,),
                  "transformer_layers_per_block": (1,), "attention_type": ("default",),
                  **dict.fromkeys(off, (None, False))})
-    refuse_inpainting("decoder U-Net", c["in_channels"])
-    if c["out_channels"] != 8:
-        raise BadInput(f"decoder U-Net: not supported: out_channels={c['out_channels']!r}, expected 8")
+    for key, expected in (("in_channels", 4), ("out_channels", 8)):
+        if c[key] != expected:
+            raise BadInput(f"decoder U-Net: not supported: {key}={c[key]!r}, expected {expected}")
     n = len(c["block_out_channels"])
     with_attention = [kind == down[1] for kind in c["down_block_types"]]
     if list(c["down_block_types"]) != [down[a] for a in with_attention] or len(with_attention) != n:
@@ -345,12 +346,6 @@ def build_decoder(config: dict):
     return Decoder(c["block_out_channels"], with_attention, c["layers_per_block"], c["encoder_hid_dim"],
                    c["cross_attention_dim"], c["attention_head_dim"], c["in_channels"], c["out_channels"],
                    c["norm_num_groups"])
-
-
-def refuse_inpainting(source, in_channels):
-    if in_channels != 4:
-        which = " (an inpainting model?)" if in_channels == 9 else ""
-        raise BadInput(f"{source}: not supported: in_channels={in_channels}{which}, expected 4")
 
 
 def load_decoder(folder, dtype=torch.float32):
@@ -521,6 +516,7 @@ class UNet3(nn.Module):
 
 def build_unet3(config: dict):
     """The U-Net of Kandinsky 3 from its published config.json; BadInput for unsupported settings."""
+    refuse_other_unet("U-Net 3", config)
     c = check_config(
         config, "U-Net 3", "Kandinsky3UNet",
         defaults={"in_channels": 4, "time_embedding_dim": 1536, "groups": 32, "attention_head_dim": 64,
@@ -530,7 +526,8 @@ def build_unet3(config: dict):
     for key in ("layers_per_block", "cross_attention_dim"):
         if c[key] < 2:
             raise BadInput(f"U-Net 3: not supported: {key}={c[key]!r}, expected one whole number from 2")
-    refuse_inpainting("U-Net 3", c["in_channels"])
+    if c["in_channels"] != 4:
+        raise BadInput(f"U-Net 3: not supported: in_channels={c['in_channels']!r}, expected 4")
     # The width inside a block is half of the one outside.
     check_divisible("U-Net 3", "block_out_channels", c["block_out_channels"], "twice groups",
                     2 * c["groups"])

@@ -4,6 +4,7 @@
         --grid --out out/msdm
     python sampler.py --ckpt PRIOR_FOLDER --decoder DECODER_FOLDER --prior-lora runs/prior/best \
         --decoder-lora runs/decoder/best --prompts prompts.csv --size 256 --out out/kandinsky22
+    python sampler.py --ckpt COMBINED_FOLDER --prompts prompts.csv --out out/kandinsky22  # both in one folder
     python sampler.py --ckpt KANDINSKY_3_FOLDER --lora runs/unet3/best --prompts prompts.csv --size 256 \
         --out out/kandinsky3
     torchrun --nproc-per-node 2 sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv \
@@ -40,7 +41,7 @@ from files import (
     replacing,
     text_hash,
 )
-from weights import fetch
+from weights import check_kind, fetch, kind_of
 
 MOST_IMAGES = 1_000_000  # a request; their names have six digits
 
@@ -63,9 +64,9 @@ def find_model(args):
     flags = ("lora", "prior_lora", "decoder_lora")
     hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
+        msdm.load_meta(args.ckpt)
         refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "text_device",
                "offload")
-        msdm.load_meta(args.ckpt)
 
         def load():
             model = msdm.load(args.ckpt, device, args.text_encoder)
@@ -77,20 +78,23 @@ def find_model(args):
     dtype = getattr(torch, args.dtype)
     folder = fetch(args.ckpt, dtype)
     refuse("a folder of Kandinsky", "text_encoder")
-    if (folder / "prior").is_dir():
-        refuse("a Kandinsky 2.2 prior", "lora", "text_device")
-        if not args.decoder:
-            message = "is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder"
-            raise BadInput(f"{args.ckpt} {message}")
-        decoder, cls = fetch(args.decoder, dtype), kandinsky.Kandinsky22
-        more = decoder, args.prior_lora, args.decoder_lora, dtype
-        hashes["decoder"] = folder_hash(decoder)
-    elif (folder / "unet").is_dir() and (folder / "text_encoder").is_dir():
+    kind = kind_of(folder)
+    if kind == "3":
         refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora")
         decoder, cls, more = folder, kandinsky.Kandinsky3, (args.lora, dtype, args.text_device)
     else:
-        raise BadInput(f"{args.ckpt}: expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the "
-                       "folder of Kandinsky 3")
+        refuse("Kandinsky 2.2", "lora", "text_device")
+        if kind == "decoder":
+            message = "is the decoder of Kandinsky 2.2: give it by --decoder, its prior's folder by --ckpt"
+            raise BadInput(f"{args.ckpt} {message}")
+        if kind == "prior" and not args.decoder:
+            message = "is the prior of Kandinsky 2.2: give its decoder's folder too, by --decoder"
+            raise BadInput(f"{args.ckpt} {message}")
+        decoder, cls = fetch(args.decoder, dtype) if args.decoder else folder, kandinsky.Kandinsky22
+        check_kind(decoder, "decoder", "combined")
+        more = decoder, args.prior_lora, args.decoder_lora, dtype
+        if args.decoder:
+            hashes["decoder"] = folder_hash(decoder)
     kandinsky.check_size(args.size, cls.size_multiple(decoder))
     hashes["checkpoint"] = folder_hash(folder)
 
@@ -203,7 +207,8 @@ def parse(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--ckpt", required=True,
-         help="checkpoint of msdm.py, published prior folder of Kandinsky 2.2, or folder of Kandinsky 3")
+         help="checkpoint of msdm.py, published folder of Kandinsky 3, of 2.2's prior, or of 2.2's prior and "
+         "decoder combined")
     flag("--decoder", help="folder of the decoder (Kandinsky 2.2)")
     flag("--lora", help="adapter folder (MSDM, Kandinsky 3)")
     flag("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")

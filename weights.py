@@ -234,6 +234,62 @@ def files_to_fetch(names, dtype=None):
     return [n for n in names if n not in unread]
 
 
+# Which model a folder holds
+
+KINDS = {"prior": "the prior of Kandinsky 2.2", "decoder": "the decoder of Kandinsky 2.2",
+         "combined": "the prior and the decoder of Kandinsky 2.2 in one folder", "3": "Kandinsky 3"}
+OTHER_UNETS = (  # a setting, its value, what it belongs to
+    ("encoder_hid_dim_type", "text_image_proj", "a U-Net of Kandinsky 2.1"),
+    ("addition_embed_type", "text_image", "a U-Net of Kandinsky 2.1"),
+    ("addition_embed_type", "image_hint", "a ControlNet, which also reads a hint image"),
+    ("in_channels", 9, "an inpainting U-Net, which also reads a mask"))
+
+
+def kind_of(folder):
+    """What a published folder holds, by its sub-folders: a key of KINDS; BadInput for anything else."""
+    if (folder / "prior").is_dir():
+        return "prior"
+    if (folder / "unet").is_dir():
+        file = folder / "unet/config.json"
+        config = read_json(file)
+        refuse_other_unet(file, config)
+        if config.get("_class_name") == "Kandinsky3UNet":
+            return "3"
+        return "combined" if (folder / "prior_prior").is_dir() else "decoder"
+    if (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: a part of a published model; expected the folder that holds all parts")
+    files = (*folder.glob("*"), *folder.glob("*/*"))
+    if originals := sorted(f.name for f in files if f.suffix in PICKLES):
+        raise BadInput(f"{folder}: holds pickles ({listed(originals, 3)}), an original checkpoint perhaps, "
+                       "which may run code and are not read; expected a folder as published for diffusers, "
+                       "by kandinsky-community on the hub")
+    raise BadInput(f"{folder}: no published model: expected the sub-folders prior (Kandinsky 2.2) or unet "
+                   "(its decoder, or Kandinsky 3)")
+
+
+def check_kind(folder, *kinds):
+    """BadInput for a folder that does not hold a model of one of these kinds, keys of KINDS."""
+    if (found := kind_of(folder)) not in kinds:
+        raise BadInput(f"{folder}: holds {KINDS[found]}; expected {KINDS[kinds[0]]}")
+
+
+def refuse_other_unet(source, config):
+    """BadInput for the config of a U-Net that reads more than a latent and the text or its embedding."""
+    for key, value, what in OTHER_UNETS:
+        if config.get(key) == value:
+            raise BadInput(f"{source}: not supported: {key}={value!r}: {what}; expected that of a model from "
+                           "text to image, as kandinsky-community/kandinsky-2-2-decoder or kandinsky-3")
+
+
+def prior_part(folder, name):
+    """The folder of a part of 2.2's prior; beside the decoder's parts its name begins with prior_."""
+    combined = folder / f"prior_{name}"
+    return combined if combined.is_dir() else folder / name
+
+
+# Weights
+
+
 def read_checkpoint(folder, dtype=None, stem="diffusion_pytorch_model"):
     """(config, tensors) of a published folder: config.json, and safetensors in one file or in indexed shards.
 

@@ -188,7 +188,21 @@ def test_a_bfloat16_base_learns_in_float32(made, tmp_path):
     assert any(k.endswith("lora_magnitude_vector") for k in tensors)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0"])
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_a_folder_of_both_parts_is_trained_as_the_two(made, name, tmp_path):
+    """diffusers' combined pipeline: the prior's parts with prior_ before their names."""
+    both = tmp_path / "both"
+    shutil.copytree(made / "tiny22/decoder", both)
+    for part in (made / "tiny22/prior").iterdir():
+        shutil.copytree(part, both / f"prior_{part.name}")
+    model = ["--model", both, *(["--prior", both] if name == "decoder" else [])]
+    finetune.main(flags(made, name, tmp_path / "run", *model))
+    ours, theirs = (load_safetensors(folder / "last/adapter_model.safetensors")[0]
+                    for folder in (tmp_path / "run", made / name))
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 def test_min_snr_weights(prediction, gamma):
     class Zero(torch.nn.Linear):
@@ -331,9 +345,11 @@ def missing_shard(root, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "change", "said"), [
-    ("decoder", ["--model", "{root}/tiny22/prior"], "unet/config.json: no such file"),
+    ("decoder", ["--model", "{root}/tiny22/prior"],
+     "holds the prior of Kandinsky 2.2; expected the decoder of Kandinsky 2.2"),
     ("unet3", ["--model", "{root}/tiny22/decoder"],
-     "expected the config of a Kandinsky3UNet, got UNet2DConditionModel"),
+     "holds the decoder of Kandinsky 2.2; expected Kandinsky 3"),
+    ("prior", ["--model", "{root}/tiny3"], "holds Kandinsky 3; expected the prior of Kandinsky 2.2"),
     ("prior", ["--rank", "0"], "rank: expected a whole number from 1, got 0"),
     ("prior", ["--targets", "to_x"], "LoRA targets match no layer of Prior"),
     ("prior", missing_shard, "shard-1.safetensors: no such file"),
@@ -341,7 +357,7 @@ def missing_shard(root, tmp_path):
     ("prior", ["--data", "{root}/absent"], "absent"),
     ("prior", ["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
     ("decoder", ["--size", "60"], "--size 60 is not divisible by 16"),
-    ("decoder", ["--prior", "{root}/tiny3"], "image_encoder: expected a folder with files of a model"),
+    ("decoder", ["--prior", "{root}/tiny3"], "holds Kandinsky 3; expected the prior of Kandinsky 2.2"),
 ])
 def test_bad_input_is_one_line_and_writes_no_adapter(made, tmp_path, name, change, said):
     change = change(made, tmp_path) if callable(change) else [c.format(root=made) for c in change]
@@ -394,10 +410,14 @@ def test_folders_are_fetched_in_the_precision_of_the_training(made, tmp_path, mo
 
 @pytest.mark.parametrize(("kind", "change", "said"), [
     ("2.2", ["--prior-lora", "{root}/decoder/best"], "not an adapter of this Prior"),
-    ("2.2", ["--decoder", "{root}/tiny22/prior"], "config.json: no such file"),
+    ("2.2", ["--decoder", "{root}/tiny22/prior"],
+     "holds the prior of Kandinsky 2.2; expected the decoder of Kandinsky 2.2"),
+    ("2.2", ["--decoder", "{root}/tiny3"], "holds Kandinsky 3; expected the decoder of Kandinsky 2.2"),
     ("2.2", ["--ckpt", "{root}/tiny22/decoder"],
-     "expected a file of msdm.py, the prior folder of Kandinsky 2.2, or the"),
-    ("2.2", ["--lora", "{root}/prior/best"], "--lora is not for a Kandinsky 2.2 prior"),
+     "is the decoder of Kandinsky 2.2: give it by --decoder, its prior's folder by --ckpt"),
+    ("2.2", ["--ckpt", "{root}/data"], "data: no published model: expected the sub-folders prior"),
+    ("2.2", ["--ckpt", "{root}/tiny3/unet"], "unet: a part of a published model; expected the folder that"),
+    ("2.2", ["--lora", "{root}/prior/best"], "--lora is not for Kandinsky 2.2, which"),
     ("2.2", ["--prior-lora", "{root}/absent"], "absent: expected a folder"),
     ("3", ["--decoder", "{root}/tiny22/decoder"], "--decoder is not for Kandinsky 3"),
     ("3", ["--lora", "{root}/decoder/best"], "not an adapter of this UNet3"),
