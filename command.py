@@ -86,6 +86,12 @@ def fast_dtype(device):
     return torch.bfloat16 if supported else torch.float32
 
 
+def training_dtype(device):
+    """fast_dtype, but float16 on a GPU without bfloat16: training scales its loss and skips an overflow."""
+    fast = fast_dtype(device)
+    return torch.float16 if device.type == "cuda" and fast == torch.float32 else fast
+
+
 def to_device(tensor, device):
     """The tensor on a device; from the CPU to a GPU through pinned memory, without waiting for the copy."""
     device = torch.device(device)

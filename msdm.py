@@ -9,7 +9,7 @@ Self-conditioning  arXiv:2208.04202  the estimate of x_0 is fed back, without gr
     python msdm.py --data data/mine --init runs/msdm/best.safetensors --out runs/mine  # fine-tunes the U-Net
 """
 
-from command import BadInput, run_command, to_device
+from command import BadInput, fast_dtype, run_command, to_device
 
 import argparse
 from dataclasses import asdict, dataclass, replace
@@ -482,7 +482,7 @@ def train(args):
             val_loss = training.validate(objective, held_out, args.batch_size, world)
             meta = model.metadata() | {"step": step, "val_loss": val_loss, "data": fingerprint}
             run.keep(step, val_loss, lambda name: run.save_checkpoint(name, model.tensors(), meta))
-        run.save_progress(step, params, opt, ema)  # before the samples, which take long
+        run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
 
     def sample(step):
@@ -492,7 +492,7 @@ def train(args):
                 save_samples(run, step, model, val_records, args)
         model.unet.train()
 
-    start = run.restore(params, opt, ema)
+    start = run.restore(params, take_step, ema)
     sample(start)  # where a kill left none
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
     loop.run(take_step, objective.draw_batch, [r.name for r in train_records], run, args, checkpoint)
@@ -504,7 +504,7 @@ def save_samples(run, step, model, val_records, args):
     """Sample sheet: images of held-out prompts, always with the same seeds."""
     prompts = [r.prompts[i % len(r.prompts)] for i, r in enumerate(val_records[:args.shown])]
     if prompts:
-        with training.autocast(model.device):
+        with training.autocast(model.device, fast_dtype(model.device)):  # as sampler.py: never float16
             images = model.sample(prompts, seed=0, steps=args.sample_steps, solver="dpmpp")
         data.write_grid(run.sheet(step), images)
 

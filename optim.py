@@ -74,6 +74,11 @@ class Optimizers:
         if inner:
             self.parts.append(Muon([params[k] for k in inner], lr=muon_lr))
 
+    @property
+    def param_groups(self):
+        """Of all, where torch.amp.GradScaler looks for gradients."""
+        return [group for opt in self.parts for group in opt.param_groups]
+
     def step(self, factor):
         """One step at `factor` times the base learning rates."""
         for opt in self.parts:

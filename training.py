@@ -5,10 +5,11 @@ batch is the same in any number of processes. Dropout alone comes from (seed, n,
 is its weights, its optimiser and its step, and a run killed at any moment and resumed ends with the same
 weights, bit for bit on a CPU, as one that was never killed. A run stopped by Ctrl-C or --minutes also
 validates where it stops. Nothing that is not finite is ever saved.
+loss scaling  arXiv:1710.03740  Sec. 3.2, in float16, by torch.amp.GradScaler
 EMA  arXiv:2006.11239  App. B (decay 0.9999); the warm-up min(decay, (1 + n) / (10 + n)) is TensorFlow's
 """
 
-from command import BadInput, at_least_one, best_device, check_range, fast_dtype, reason, to_device
+from command import BadInput, at_least_one, best_device, check_range, reason, to_device, training_dtype
 
 import argparse
 import atexit
@@ -161,13 +162,14 @@ def processes():
     return tuple(int(n) for n in numbers)
 
 
-def autocast(device):
-    """bf16 where the GPU has it, float32 elsewhere.
+def autocast(device, dtype=None):
+    """Mixed precision in a dtype: bfloat16 or float16; float32 is none. None: that of training_dtype.
 
     Casts are not cached: one made in self-conditioning's pass without gradient would be reused in the next.
     """
-    enabled = fast_dtype(device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    dtype = dtype or training_dtype(device)
+    enabled = dtype != torch.float32  # which torch.autocast does not take
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled, cache_enabled=False)
 
 
 # Seeds and order
@@ -253,11 +255,11 @@ class Recorded:
     of new shapes runs a few times and is recorded, later ones are copied into the first one's place.
     """
 
-    def __init__(self, objective, params):
-        self.objective, self.params, self.graphs = objective, list(params), {}
+    def __init__(self, objective, params, scaler):
+        self.objective, self.params, self.scaler, self.graphs = objective, list(params), scaler, {}
 
     def __call__(self, batch, weight):
-        """weight * objective.loss(batch), without gradient; its gradient is added to that of the params."""
+        """weight * objective.loss(batch), without gradient; its scaled gradient is added to the params'."""
         fields = vars(batch)
         key = weight, *((k, v.shape if isinstance(v, torch.Tensor) else tuple(v)) for k, v in fields.items())
         if key not in self.graphs:
@@ -277,12 +279,12 @@ class Recorded:
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries choose their kernels and take their memory
                 for _ in range(3):
-                    (weight * self.objective.loss(own)).backward()
+                    self.scaler.scale(weight * self.objective.loss(own)).backward()
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 loss = weight * self.objective.loss(own)
-                loss.backward()
+                self.scaler.scale(loss).backward()  # by a tensor that changes in place, not by a number
         finally:
             for p, grad in zip(self.params, before, strict=True):
                 if p.grad is not None:
@@ -309,14 +311,21 @@ class Step:
     averaged over the ranks and clipped to norm 1. A loss or gradient that is not finite is BadInput on all
     ranks: on a CPU before the step, on a GPU, which no step waits for, one step later. settle() must come
     before anything is saved.
+
+    dtype: that the objective computes in; None: autocast's. In float16 the loss is scaled, so that small
+    gradients do not become 0. A step that overflows is left out, by optimisers and average, on all ranks, and
+    halves the scale; it is BadInput once that is below 1. So the weights may only change when loss and norm
+    are read, in the next call or settle(): meanwhile the next batch is drawn, and a GPU computes.
     """
 
-    def __init__(self, objective, params: dict, opt, ema, world, accumulate=1, record=True):
+    def __init__(self, objective, params: dict, opt, ema, world, accumulate=1, record=True, dtype=None):
         self.objective, self.params, self.opt, self.ema, self.world = objective, params, opt, ema, world
         self.accumulate, self.unread = accumulate, None
         torch.backends.cudnn.benchmark = True  # the shapes repeat: let cuDNN try its algorithms
         record = record and world.device.type == "cuda" and world.size == 1
-        self.recorded = Recorded(objective, params.values()) if record else None
+        scales = (dtype or training_dtype(world.device)) == torch.float16
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=scales)  # does nothing if not enabled
+        self.recorded = Recorded(objective, params.values(), self.scaler) if record else None
         self.loss = Loss(objective, params)
         if world.size > 1:
             self.loss = nn.parallel.DistributedDataParallel(self.loss)
@@ -344,7 +353,7 @@ class Step:
                 self.recorded = None
         with contextlib.nullcontext() if is_last or self.world.size == 1 else self.loss.no_sync():
             loss = weight * self.loss(part)
-            loss.backward()
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     def __call__(self, batch, factor, step=1, names=()):
@@ -352,19 +361,36 @@ class Step:
 
         factor: of the learning rates; step and names of the batch's images are for the message of BadInput.
         """
+        scales = self.scaler.is_enabled()
+        if scales:
+            self.settle()
         parts = batch.chunk(self.accumulate)
         total = sum(self.backward(part, len(part) / len(batch), part is parts[-1]) for part in parts)
         mean = self.world.average(total)
+        if scales:
+            self._unscale(mean)
         norm = nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         self.settle()
         self.unread = self._copy(torch.stack([mean.to(norm), norm])), step, factor, names
-        if norm.device.type == "cpu":
-            self.settle()
-        self.opt.step(factor)
+        if not scales:
+            if norm.device.type == "cpu":
+                self.settle()
+            self._take(factor)
+        return total, norm
+
+    def _unscale(self, loss):
+        """Divide the gradients by the scale; the scaler notes whether they, or the loss, are not finite."""
+        grad = next(p.grad for p in self.params.values() if p.grad is not None)
+        grad.add_(0 * loss)  # 0 or NaN: that of an infinite loss may be finite, as an absolute error's is
+        self.scaler.unscale_(self.opt)
+
+    def _take(self, factor, finite=True):
+        """One step of the optimisers and the average."""
+        self.scaler.step(self.opt, factor)  # leaves out what is not finite
+        self.scaler.update()
         self.opt.zero_grad(set_to_none=self.recorded is None)  # a recorded graph adds to these very tensors
         if self.ema is not None:
-            self.ema.update()
-        return total, norm
+            self.ema.update(finite)
 
     def _copy(self, found):
         """A function that waits for a tensor on its way to the CPU and returns its values."""
@@ -376,12 +402,23 @@ class Step:
         return lambda: there.synchronize() or on_cpu.tolist()
 
     def settle(self):
-        """BadInput if loss or norm of the last step that was not read yet are not finite."""
+        """BadInput if loss or norm of the last step that was not read yet are not finite.
+
+        In float16 this takes the last step, or leaves it out.
+        """
         if self.unread is None:
             return
         (read, step, factor, names), self.unread = self.unread, None
         loss, norm = read()
-        if math.isfinite(loss) and math.isfinite(norm):
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if self.scaler.is_enabled():
+            self._take(factor, finite)
+            if not finite and (scale := self.scaler.get_scale()) >= 1:
+                if self.world.is_main:
+                    tqdm.write(f"step {step}: it overflows in float16 and is left out; from here on the loss "
+                               f"is scaled by {scale:g}", file=sys.stderr)
+                return
+        if finite:
             return
         names = list(dict.fromkeys(names))
         shown = ", ".join(names[:12]) + f" and {len(names) - 12} more" * (len(names) > 12)
@@ -389,6 +426,17 @@ class Step:
         raise BadInput(f"step {step}: the loss is {loss:g} and the norm of its gradient {norm:g}, with "
                        f"learning rate {rate:g} and images {shown}. Nothing of this step was saved, what was "
                        "saved before is whole; give a lower --lr or a longer --warmup, and another --out")
+
+    def state_dict(self):
+        """States of the optimisers and, where there is one, of the scale: a list."""
+        return [*self.opt.state_dict(), *([self.scaler.state_dict()] if self.scaler.is_enabled() else [])]
+
+    def load_state_dict(self, states):
+        """Put them back; a run may go on with or without a scale on another device."""
+        self.opt.load_state_dict([state for state in states if "scale" not in state])
+        for state in states:
+            if "scale" in state:
+                self.scaler.load_state_dict(state)
 
 
 def fixed_noise(n, shape, T):
@@ -415,10 +463,12 @@ class EMA:
         self.average = {k: p.detach().clone() for k, p in params.items()}
 
     @torch.no_grad()
-    def update(self):
+    def update(self, taken=True):
+        """taken: False for a step that was left out, which only counts."""
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         values = [p.detach() for p in self.params.values()]
-        torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+        if taken:
+            torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         self.step += 1
 
     @contextlib.contextmanager
@@ -498,7 +548,8 @@ class Loop:
     def log(self, run: Run, step, loss, **values):
         """A line of metrics.jsonl, and the loss next to the progress bar."""
         loss = self.world.mean(loss.item())
-        run.log(step=step, loss=loss, **values)
+        finite = {k: v for k, v in {"loss": loss, **values}.items() if math.isfinite(v)}
+        run.log(step=step, **finite)  # a step that was left out in float16 has no loss
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def finish(self):
@@ -539,7 +590,9 @@ def add_flags(parser, presets):
     parser.add_argument("--minutes", type=float,
                         help="stop cleanly after this many minutes; the same command resumes")
     parser.add_argument("--seed", type=int, default=2204, help="of weights, order, noise; 64 bits")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--device", default="auto",
+                        help="cpu (computes in float32), cuda (bfloat16; float16 and a scaled loss on a GPU "
+                             "without it), or auto")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of metrics.jsonl")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     return flag

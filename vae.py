@@ -344,7 +344,7 @@ def train(args):
                 both = torch.cat([img, vae.decode(vae.encode(img))])
                 data.write_grid(run.sheet(step), data.to_uint8(both), columns=len(img))
         vae.train()
-        run.save_progress(step, vae.state_dict(), opt)
+        run.save_progress(step, vae.state_dict(), take_step)
 
     def draw(indices, draws):
         upcoming, _ = world.batch(len(images), run.batch_size, draws.step + 1, args.seed)
@@ -353,7 +353,7 @@ def train(args):
         return draw_batch(vae, some, args.jitter, draws)
 
     vae.train()
-    start = run.restore(vae.state_dict(), opt)
+    start = run.restore(vae.state_dict(), take_step)
     loop = training.Loop(f"vae {args.preset}", start, args.steps, world, args.minutes)
     loop.run(take_step, draw, [r.name for r in images.records], run, args, checkpoint)
     if world.is_main:

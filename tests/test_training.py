@@ -340,6 +340,14 @@ assert said[0] == ("my own line" if world.rank else "another process of this com
                    "says why"), said
 assert len(said) == 2 and "the loss is nan" in said[1], said
 assert p["p"].isfinite().all() and time.monotonic() - started < 60
+p = {"p": torch.nn.Parameter(torch.ones(2))}
+step, found = training.Step(Objective, p, optim.Optimizers(p, 0.1), None, world, dtype=torch.float16), []
+for value in (float("inf") if world.rank == 1 else 1.0, 1.0):  # then one overflows in float16
+    step(training.Batch(x=torch.tensor([value])), 1.0)
+    step.settle()
+    found.append([*p["p"].tolist(), step.scaler.get_scale()])
+assert found[0] == [1, 1, 2**15] and found[1][0] < 1 and found[1][2] == 2**15, found
+assert world.mean(found[1][0]) == found[1][0]
 """
 
 
