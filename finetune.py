@@ -12,7 +12,7 @@ One loop trains all four. Kandinsky's frozen encoders run once, before it; their
     python finetune.py unet3 --model KANDINSKY_3_FOLDER --data data/mine --out runs/unet3
 """
 
-from command import BadInput, fast_dtype, run_command
+from command import BadInput, run_command, training_dtype
 
 import argparse
 import math
@@ -35,7 +35,7 @@ from kandinsky import Kandinsky3, pad_texts, read_schedule
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers
-from runfolder import check_finite
+from runfolder import check_finite, read_run
 from weights import check_kind, fetch, prior_part
 
 
@@ -47,6 +47,7 @@ class Task:
     objective: object  # draw_batch(indices, draws) -> Batch, loss(on_device(part of it)) -> scalar
     held_out: training.Batch
     names: list  # of the training images; draw_batch takes indices below their number
+    dtype: torch.dtype | None = None  # that the objective computes in; None: training.autocast's
     save_samples: object = None  # save_samples(step), if the network alone can generate images
 
 
@@ -67,7 +68,7 @@ def msdm_task(args, world):
     captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
     objective = msdm.Objective(model, latents, captions, args)
     return run, Task(model.unet, objective, objective.held_out(val_latents, val), [r.name for r in train],
-                     lambda step: msdm.save_samples(run, step, model, val, args))
+                     save_samples=lambda step: msdm.save_samples(run, step, model, val, args))
 
 
 # Kandinsky: training data after the frozen encoders
@@ -239,6 +240,7 @@ class Objective:
     def __init__(self, network, encoded, images, schedule, args, device, dtype):
         self.network, self.encoded, self.images, self.args = network, encoded, images, args
         self.device, self.dtype, self.prediction = device, dtype, schedule.prediction
+        self.computes_in = torch.float16 if dtype == torch.float16 else None  # None: training.autocast's
         self.alpha_bar = schedule.alpha_bar.float().to(device)
 
     def draw_batch(self, indices, draws):
@@ -267,7 +269,7 @@ class Objective:
     def loss(self, batch):
         """loss_fn of a batch from on_device."""
         condition = [v for k, v in vars(batch).items() if k.startswith("condition_")]
-        with training.autocast(self.device):
+        with training.autocast(self.device, self.computes_in):
             return loss_fn(self.network, batch.x_0, condition, batch.t, batch.eps, self.alpha_bar,
                            self.prediction, self.args.min_snr_gamma)
 
@@ -279,14 +281,15 @@ KANDINSKY = {  # kinds of its folder, the network's part, its loader, its traini
                 ("scheduler", "movq", "image_encoder", "image_processor")),
     "unet3": (("3",), "unet", load_unet3, unet3_data, ("scheduler", "movq", "text_encoder", "tokenizer")),
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def kandinsky_task(args, world):
     """(run, task) for a network of a published folder."""
-    dtype = fast_dtype(world.device) if args.dtype == "auto" else getattr(torch, args.dtype)
     kinds, part, load, encode, others = KANDINSKY[args.network]
     with world.together():
         lora.config_of(args)  # bad flags fail before anything is read
+        dtype = base_dtype(args, world.device)
         folder = fetch(args.model, dtype)
         clip = fetch(args.prior, dtype) if args.network == "decoder" else folder
         check_kind(folder, *kinds)
@@ -316,7 +319,15 @@ def kandinsky_task(args, world):
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
     names = [readable[i].name for i in images.tolist()]
-    return run, Task(network, objective, objective.held_out(val_images), names)
+    return run, Task(network, objective, objective.held_out(val_images), names, objective.computes_in)
+
+
+def base_dtype(args, device):
+    """--dtype of the frozen base; auto is that of the run which goes on, or else the device's."""
+    if args.dtype != "auto":
+        return DTYPES[args.dtype]
+    own = (read_run(args.out) or {"settings": {}})["settings"].get("dtype")
+    return DTYPES.get(str(own).removeprefix("torch."), training_dtype(device))
 
 
 def readable_images(train, val, args):
@@ -369,13 +380,13 @@ def train(args):
 
     # A block that is computed again needs its random state for dropout, which a CUDA graph cannot give.
     record = not (args.lora_dropout and getattr(network, "gradient_checkpointing", False))
-    take_step = training.Step(objective, params, opt, ema, world, args.accumulate, record)
+    take_step = training.Step(objective, params, opt, ema, world, args.accumulate, record, task.dtype)
 
     def checkpoint(step):
         take_step.settle()
         with ema.applied():
             run.keep(step, validate(), save)
-        run.save_progress(step, params, opt, ema)  # before the samples, which take long
+        run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
 
     def sample(step):
@@ -385,7 +396,7 @@ def train(args):
                 task.save_samples(step)
         network.train()
 
-    start = run.restore(params, opt, ema)
+    start = run.restore(params, take_step, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
         val_loss = validate()  # the base's: B = 0
         check_finite({"the validation loss": torch.tensor(val_loss)}, f"{args.model} without an adapter")
@@ -419,8 +430,9 @@ def add_kandinsky_flags(parser, flag, network):
     parser.add_argument("--min-snr-gamma", type=float, default=5.0,
                         help="bound of the loss weights; 0 weights all times alike")
     parser.add_argument("--epochs", type=float, help="passes over the images, instead of --steps")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                        help="of the frozen weights; auto is bfloat16 on a GPU. Adapters are float32")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="of the frozen weights; auto is bfloat16 on a GPU, float16 on one without it, "
+                             "float32 on a CPU, or what a resumed run has. Adapters are float32")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                         default=network == "unet3",
                         help="recompute activations in the backward pass to save memory")

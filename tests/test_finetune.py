@@ -1,7 +1,8 @@
 """Adapters of the four networks and sampling with them, on a few rendered images and tiny checkpoints."""
 
-from command import BadInput
+from command import BadInput, run_command
 
+import argparse
 import json
 import shutil
 import signal
@@ -200,6 +201,74 @@ def test_a_folder_of_both_parts_is_trained_as_the_two(made, name, tmp_path):
     ours, theirs = (load_safetensors(folder / "last/adapter_model.safetensors")[0]
                     for folder in (tmp_path / "run", made / name))
     assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_float16_base_learns_as_one_in_float32(made, name, tmp_path, low_scale):
+    finetune.main(flags(made, name, tmp_path, "--dtype", "float16", "--cache", tmp_path / "cache"))
+    for line, exact in zip(log_lines(tmp_path), log_lines(made / name), strict=True):
+        line.pop("grad_norm", None), exact.pop("grad_norm", None)
+        assert line == pytest.approx(exact, rel=2e-2)
+    tensors, _ = load_safetensors(tmp_path / "last/adapter_model.safetensors")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors.values())
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert [s["_growth_tracker"] for s in state["optimiser"] if "scale" in s] == [12]  # steps in a row
+
+
+def test_a_killed_float16_run_ends_with_the_same_bytes_and_scale(made, tmp_path):
+    more = ["--dtype", "float16", "--save-every", 2, "--log-every", 1, "--cache", tmp_path / "cache"]
+    finetune.main(flags(made, "prior", tmp_path / "whole", *more))
+    command = flags(made, "prior", tmp_path / "run", *more)
+    killed = start("finetune.py", *command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run/last").exists() and killed.poll() is None:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    finetune.main(command)
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
+    assert folder_hash(tmp_path / "run/last") == folder_hash(tmp_path / "whole/last")
+    one, other = (torch.load(tmp_path / x / "state.pt", weights_only=True)["optimiser"][-1]
+                  for x in ("run", "whole"))
+    assert one == other and one["scale"] > 0
+
+
+def test_a_float16_run_that_becomes_nan_ends_with_2_and_its_last_good_state(made, tmp_path, monkeypatch,
+                                                                            low_scale, capsys):
+    loss_fn, taken = finetune.loss_fn, []
+
+    def spoilt(network, *more):
+        taken.append(network.training)
+        return loss_fn(network, *more) * (float("nan") if network.training and sum(taken) > 4 else 1)
+
+    command = flags(made, "prior", tmp_path, "--dtype", "float16", "--log-every", 1, "--cache",
+                    tmp_path / "cache")
+    finetune.main([*command, "--steps", "4"])
+    good = folder_hash(tmp_path / "last")
+    monkeypatch.setattr(finetune, "loss_fn", spoilt)
+    taken += [True] * 4
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: finetune.main([*command, "--steps", "60"]))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "step 12: it overflows in float16 and is left out; from here on the loss is scaled by 1\n" in said
+    assert "error: step 13: the loss is nan" in said
+    assert folder_hash(tmp_path / "last") == good
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 12 and state["optimiser"][-1]["scale"] == 1
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    monkeypatch.setattr(finetune, "loss_fn", loss_fn)
+    finetune.main([*command, "--steps", "14"])
+    assert [x["step"] for x in log_lines(tmp_path) if "loss" in x] == [1, 2, 3, 4, 13, 14]
+
+
+def test_auto_is_the_dtype_of_the_device_or_of_the_run_that_goes_on(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "training_dtype", lambda device: torch.float16)
+    args = argparse.Namespace(dtype="auto", out=tmp_path)
+    assert finetune.base_dtype(args, None) == torch.float16
+    args.out = made / "prior"  # as of a run before there was float16
+    assert finetune.base_dtype(args, None) == torch.float32
+    args.dtype = "bfloat16"
+    assert finetune.base_dtype(args, None) == torch.bfloat16
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
