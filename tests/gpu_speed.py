@@ -130,6 +130,8 @@ def flags(**more):
 
 
 def paper_msdm(sizes, device):
+    """The model of a preset with random weights, the same in every call."""
+    torch.manual_seed(0)
     vae = vaes.VAE(vaes.PRESETS[sizes.preset])
     config = replace(unets.PRESETS[sizes.preset], in_channels=vae.config.latent_channels, text_dim=768)
     config = replace(config, channels=sizes.channels or config.channels)
@@ -142,21 +144,25 @@ def paper_msdm(sizes, device):
     return model
 
 
-def stepper(model, sizes, device, compiled=None, record=True, **more):
-    """A function that takes one training step of msdm.py: draw a batch, loss, gradient, AdamW, average."""
+def stepper(model, sizes, device, compiled=None, record=True, world=None, **more):
+    """A function that takes one training step of msdm.py: draw a batch, loss, gradient, AdamW, average.
+
+    The batch is of sizes.batch images in each process of the world. Returns the loss, a tensor.
+    """
+    torch.manual_seed(0)
     side, c, n = sizes.latent, model.vae.config.latent_channels, 1024
     latents = torch.randn(n, 1, 2 * c, side, side).half()
     objective = msdm.Objective(model, latents, Captions(n, 64, 768, device), flags(loss="l1", **more))
     if compiled:
         objective.trained = torch.compile(model.unet, dynamic=False, backend=compiled)
     params = dict(model.unet.train().named_parameters())
-    opt, world = optim.Optimizers(params, 1e-4), training.Distributed(0, 1, device)
+    opt, world = optim.Optimizers(params, 1e-4), world or training.Distributed(0, 1, device)
     ema, count = training.EMA(params, 0.9999), iter(range(10**9))
     take_step = training.Step(objective, params, opt, ema, world, record=record)
 
     def step():
         i = next(count)
-        take_step(objective.draw_batch(*world.batch(n, sizes.batch, i, 0)), 1.0)
+        return take_step(objective.draw_batch(*world.batch(n, sizes.batch, i, 0)), 1.0)[0]
 
     return step
 
@@ -192,12 +198,17 @@ def report_memory(report, step, device, sizes):
 
 
 def stage_compiled(report, sizes, device, args):
+    """The compiled step, and its losses against those of the network as it is (without dropout equal)."""
     rate = matmul_rate(sizes.matmul, torch.bfloat16, device)
     step = stepper(paper_msdm(sizes, device), sizes, device, compiled=sizes.backend)
     start = time.perf_counter()
-    step()
+    losses = [step()]
     synchronise(device)
     report("step, compiled", first_step_s=time.perf_counter() - start)
+    eager = stepper(paper_msdm(sizes, device), sizes, device, record=False)
+    losses, expected = [*losses, step()], [eager(), eager()]
+    report("step, compiled", loss=losses[1].item(), loss_moves_by=(losses[1] / losses[0] - 1).abs().item(),
+           loss_differs_by=max((a / b - 1).abs().item() for a, b in zip(losses, expected, strict=True)))
     report_steps(report, "step, compiled", step, sizes, device, rate, passes=3.5)
     profile(report, "compiled step", step, device, args)
 

@@ -16,6 +16,8 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert all(found[f"part {name}"]["how"] == "ok" for _, name, _, _ in gpu.PARTS)
+    compiled = found["step, compiled"]
+    assert compiled["loss_differs_by"] < 1e-5 < 1e-3 < compiled["loss_moves_by"]
     assert (tmp_path / "grid.png").stat().st_size and "a step" in (tmp_path / "profile.txt").read_text()
 
 
