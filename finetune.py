@@ -307,13 +307,9 @@ def kandinsky_task(args, world):
         for name in others:
             of_clip = name.startswith("image_")
             hashes[f"{name}_hash"] = folder_hash(prior_part(clip, name) if of_clip else own(folder, name))
-
-    def steps(images_a_step):
-        return math.ceil(args.epochs * len(images) / images_a_step) if args.epochs else args.steps
-
-    args.steps = steps(args.batch_size * world.size)
+        if args.epochs:
+            args.steps = steps_of(args, sum(len(readable[i].prompts) for i in images.tolist()), world)
     run = start_run(args, world, fingerprint, dtype=str(dtype), **hashes)
-    args.steps = steps(run.config["images_a_step"])
     encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip)
     encoded = world.main_first(lambda: encode(args, network, folder, encoders))
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
@@ -328,6 +324,12 @@ def base_dtype(args, device):
         return DTYPES[args.dtype]
     own = (read_run(args.out) or {"settings": {}})["settings"].get("dtype")
     return DTYPES.get(str(own).removeprefix("torch."), training_dtype(device))
+
+
+def steps_of(args, n_rows, world):
+    """The steps of --epochs over n_rows pairs of image and prompt; a resumed run keeps its images a step."""
+    old = read_run(args.out) or {}
+    return math.ceil(args.epochs * n_rows / old.get("images_a_step", args.batch_size * world.size))
 
 
 def readable_images(train, val, args):
@@ -429,7 +431,9 @@ def add_kandinsky_flags(parser, flag, network):
         parser.add_argument("--text-device", help="device of the text encoder; None: --device")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0,
                         help="bound of the loss weights; 0 weights all times alike")
-    parser.add_argument("--epochs", type=float, help="passes over the images, instead of --steps")
+    parser.add_argument("--epochs", type=float,
+                        help="passes over the pairs of image and prompt, as the paper counts, instead of "
+                             "--steps: an image with ten prompts is drawn ten times in one")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="of the frozen weights; auto is bfloat16 on a GPU, float16 on one without it, "
                              "float32 on a CPU, or what a resumed run has. Adapters are float32")

@@ -4,6 +4,7 @@ from command import BadInput, run_command
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,18 @@ def test_of_two_ranks_the_first_encodes(made, tmp_path):
     for name in TRAININGS:  # rank 1 has one of the two held-out images
         both, one = (log_lines(folder / name)[0]["val_loss"] for folder in (tmp_path, made))
         assert both == pytest.approx(one, rel=1e-5)
+
+
+def test_an_epoch_is_a_pass_over_the_pairs_of_image_and_prompt(made, tmp_path):
+    train, _ = data.split(data.read_folder(made / "data"))
+    pairs = sum(len(r.prompts) for r in train)
+    assert pairs > 2 * len(train)
+    finetune.main(flags(made, "prior", tmp_path, "--epochs", 0.5, "--save-every", 100))
+    assert log_lines(tmp_path)[-1]["step"] == math.ceil(0.5 * pairs / 8)
+    # A run that goes on in two processes keeps its 8 images a step, whatever they would make of --batch-size.
+    args = finetune.parse(flags(made, "prior", tmp_path, "--epochs", 0.5))
+    world = finetune.training.Distributed(0, 2, torch.device("cpu"))
+    assert finetune.steps_of(args, pairs, world) == math.ceil(0.5 * pairs / 8)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):
