@@ -93,8 +93,8 @@ class EncodedData:
 class EncoderCache:
     """Runs the frozen encoders once on the images and their prompts, and keeps their output in files.
 
-    Rank 0 runs them, the others wait for its files and load no encoder (world.main_first); where a file
-    cannot be written, each rank runs them.
+    Rank 0 runs them, the others wait for its files and load no encoder (world.main_first); so does the first
+    rank of another machine, whose disk is not rank 0's. Where a file cannot be written, each rank runs them.
     """
 
     records: list  # with readable images
@@ -112,7 +112,7 @@ class EncoderCache:
             check_finite(tensors, file)
             return tensors, None
 
-        return cached(file, checked, self.world.is_main)[0]
+        return cached(file, checked, self.world.is_first_here)[0]
 
     def prompts(self):
         """(the distinct prompts, the empty one first; for each image the positions of its own in them)."""
@@ -208,7 +208,7 @@ def unet3_data(args, unet, folder, encoders):
     text_device = args.text_device or encoders.world.device
     tokenizer = load_transformer(T5Tokenizer, folder / "tokenizer")
     pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
-    pipeline.prepare(prompts, cache=encoders.folder, is_main=encoders.world.is_main)
+    pipeline.prepare(prompts, cache=encoders.folder, is_main=encoders.world.is_first_here)
     texts = [pipeline.texts[p] for p in prompts[1:]]
     check_finite(dict(zip(prompts[1:], texts, strict=True)), f"{folder / 'text_encoder'}, text states")
     texts = [texts[0][:0], *texts]  # the null condition has no token

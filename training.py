@@ -51,6 +51,11 @@ class Distributed:
     def is_main(self):
         return self.rank == 0
 
+    @property
+    def is_first_here(self):
+        """Whether it is the first rank of its machine."""
+        return processes()[2] == 0
+
     def average(self, x):
         """The mean over the ranks of a scalar tensor without gradient; all must call it."""
         if self.size > 1:
@@ -111,11 +116,13 @@ class Distributed:
     def main_first(self, function):
         """function() on every rank, on rank 0 before the others: they find in files what it has kept there.
 
-        It ends on all ranks at once, as together.
+        The first rank of each other machine comes second: its disk may be another. It ends on all ranks at
+        once, as together.
         """
-        for turn in (True, False):
+        own = 0 if self.is_main else 1 if self.is_first_here else 2
+        for turn in range(3):
             with self.together():
-                if self.is_main == turn:
+                if turn == own:
                     out = function()
         return out
 

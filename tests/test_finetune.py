@@ -23,6 +23,7 @@ import encoders
 import finetune
 import kandinsky
 import lora
+import movq
 import phantom
 import sampler
 from files import file_hash, folder_hash, load_safetensors, save_safetensors
@@ -158,6 +159,42 @@ def test_an_epoch_is_a_pass_over_the_pairs_of_image_and_prompt(made, tmp_path):
     args = finetune.parse(flags(made, "prior", tmp_path, "--epochs", 0.5))
     world = finetune.training.Distributed(0, 2, torch.device("cpu"))
     assert finetune.steps_of(args, pairs, world) == math.ceil(0.5 * pairs / 8)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_changed_caption_encodes_no_image_again(made, name, tmp_path, monkeypatch):
+    shutil.copytree(made / "data", tmp_path / "data")
+    with open(tmp_path / "data/prompt-gt.csv", "a", encoding="utf-8") as f:
+        f.write("Generate an image with 6 findings.;000000.png\n")
+    monkeypatch.setattr(finetune, "clip_images", None)
+    monkeypatch.setattr(movq.MoVQ, "encode", None)
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    finetune.main(flags(made, name, tmp_path / "run", "--data", tmp_path / "data", "--cache",
+                        tmp_path / "cache", "--steps", 1))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("damage", ["cut", "not finite"])
+def test_a_broken_cache_is_made_again(made, name, tmp_path, damage):
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    files = sorted((tmp_path / "cache").iterdir())
+    for file in files:
+        whole = file.read_bytes()
+        if damage == "cut":
+            file.write_bytes(whole[:-1])
+        else:
+            tensors = load_safetensors(file)[0]
+            save_safetensors(file, {k: v if v.dtype == torch.bool else v / 0 for k, v in tensors.items()})
+    broken = {file: file.read_bytes() for file in files}
+    finetune.main(flags(made, name, tmp_path / "run", "--cache", tmp_path / "cache"))
+    assert folder_hash(tmp_path / "run/last") == folder_hash(made / name / "last")
+    used = {"prior": ("clip-images", "clip-texts"), "decoder": ("clip-images", "latents"),
+            "unet3": ("latents", "t5")}[name]
+    again = [file for file in files if file.read_bytes() != broken[file]]
+    assert len(again) == 2 and all(file.name.startswith(used) for file in again)
+    for file in again:
+        one, other = (load_safetensors(f)[0] for f in (file, made / "cache" / file.name))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):

@@ -155,3 +155,24 @@ def test_a_run_of_two_processes_goes_on_in_one_with_the_losses_of_one(folder, tm
     assert [line["step"] for line in two] == [line["step"] for line in one] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     for ours, expected in zip(two, one, strict=True):
         assert ours == pytest.approx(expected, rel=3e-4)
+
+
+# Rank 2 is alone on its machine.
+TWO_MACHINES = """
+import os, sys
+os.environ["LOCAL_RANK"] = {"0": "0", "1": "1", "2": "0"}[os.environ["RANK"]]
+import training
+world = training.start("cpu")
+
+def function():
+    with open(sys.argv[1], "a") as f:
+        f.write(f"{world.rank}\\n")
+
+world.main_first(function)
+"""
+
+
+def test_rank_0_comes_first_then_the_first_of_each_other_machine(tmp_path):
+    (tmp_path / "machines.py").write_text(TWO_MACHINES)
+    torchrun(tmp_path / "machines.py", tmp_path / "order", processes=3)
+    assert (tmp_path / "order").read_text().split() == ["0", "2", "1"]
