@@ -41,7 +41,7 @@ from weights import check_kind, fetch, prior_part
 
 @dataclass
 class Task:
-    """A network with a fresh adapter, its objective and its validation batch."""
+    """A network with an adapter, its objective and its validation batch."""
 
     network: nn.Module
     objective: object  # draw_batch(indices, draws) -> Batch, loss(on_device(part of it)) -> scalar
@@ -288,7 +288,8 @@ def kandinsky_task(args, world):
     """(run, task) for a network of a published folder."""
     kinds, part, load, encode, others = KANDINSKY[args.network]
     with world.together():
-        lora.config_of(args)  # bad flags fail before anything is read
+        if not args.init:
+            lora.config_of(args)  # bad flags fail before anything is read
         dtype = base_dtype(args, world.device)
         folder = fetch(args.model, dtype)
         clip = fetch(args.prior, dtype) if args.network == "decoder" else folder
@@ -349,14 +350,21 @@ def readable_images(train, val, args):
 
 
 def inject(network, args):
-    torch.manual_seed(training.step_seed("weights", args.seed))
-    names = lora.inject(network, lora.config_of(args))
-    print(f"{args.model}: an adapter of rank {args.rank} on {len(names)} layers", file=sys.stderr)
+    """Attach a fresh adapter, or that of --init, whose settings args then hold."""
+    if args.init:
+        lora.load(network, args.init)
+        lora.set_flags(args, network.lora_config, args.init)
+    else:
+        torch.manual_seed(training.step_seed("weights", args.seed))
+        lora.inject(network, lora.config_of(args))
+    n, start = len(lora.layers(network)), f", from {args.init}" if args.init else ""
+    print(f"{args.model}: an adapter of rank {args.rank} on {n} layers{start}", file=sys.stderr)
 
 
 def start_run(args, world, fingerprint, **more):
     """The run folder args.out; more: settings beside the flags."""
     settings = training.settings_of(args) | {"alpha": lora.config_of(args).alpha} | more
+    settings["init_hash"] = args.init and folder_hash(args.init)
     return training.Run(args.out, settings, fingerprint, world, f"LoRA adapter ({args.network})",
                         args.from_run)
 
@@ -400,7 +408,7 @@ def train(args):
 
     start = run.restore(params, take_step, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
-        val_loss = validate()  # the base's: B = 0
+        val_loss = validate()  # of a fresh adapter the base's: B = 0
         check_finite({"the validation loss": torch.tensor(val_loss)}, f"{args.model} without an adapter")
         run.log(step=0, val_loss=val_loss)
     sample(start)  # where a kill left none
@@ -418,6 +426,7 @@ TRAINING = {  # defaults of Kandinsky's flags
     "decoder": COMMON | {"batch_size": 8, "p_uncond": 0.0, "size": 512},
     "unet3": COMMON | {"batch_size": 8, "p_uncond": 0.1, "size": 256},
 }
+RANKS = {"msdm": 8, "prior": 128, "decoder": 128, "unet3": 128}
 
 
 def add_kandinsky_flags(parser, flag, network):
@@ -445,18 +454,18 @@ def add_kandinsky_flags(parser, flag, network):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Train a LoRA adapter of one network.")
     networks, parsers = parser.add_subparsers(dest="network", required=True), {}
-    for network, what, model, rank in (
-            ("msdm", "MSDM's U-Net", "checkpoint of msdm.py", 8),
-            ("prior", "the image prior of Kandinsky 2.2", "prior folder of 2.2", 128),
-            ("decoder", "the decoder of Kandinsky 2.2", "decoder folder of 2.2", 128),
-            ("unet3", "the U-Net of Kandinsky 3", "folder of 3.0", 128)):
+    for network, what, model in (
+            ("msdm", "MSDM's U-Net", "checkpoint of msdm.py"),
+            ("prior", "the image prior of Kandinsky 2.2", "prior folder of 2.2"),
+            ("decoder", "the decoder of Kandinsky 2.2", "decoder folder of 2.2"),
+            ("unet3", "the U-Net of Kandinsky 3", "folder of 3.0")):
         text = f"Train an adapter of {what}: OUT/best and OUT/last. Defaults are in brackets."
         p = networks.add_parser(network, help=f"adapter of {what}", description=text,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         named = "" if network == "msdm" else ", or its name on the hub"
         p.add_argument("--model", required=True, help=f"{model}{named}: the frozen base")
         p.add_argument("--cache", help="folder for the encoders' output, which runs may share; None: --out")
-        lora.add_flags(p, rank)
+        lora.add_flags(p, RANKS[network])
         flag = training.add_flags(p, msdm.TRAINING if network == "msdm" else {network: TRAINING[network]})
         if network == "msdm":
             p.add_argument("--text-encoder",
@@ -474,6 +483,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     training.check_flags(args)
+    if not args.init:
+        training.fill_defaults(args, lora.FLAGS | {"rank": RANKS[args.network]})
     if args.network == "msdm":
         meta = msdm.load_meta(args.model)
         args.preset = meta["preset"]

@@ -16,6 +16,7 @@ DoRA's text norms columns of a d x k matrix, its code and PEFT rows of torch's (
 from command import BadInput
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -222,15 +223,33 @@ def remove(model):
 # Flags of the training scripts
 
 
+FLAGS = {  # values of the flags that are not given; that of the rank is the script's
+    "alpha": None, "rslora": False, "dora": False, "lora_dropout": 0.0, "targets": list(LoRAConfig.targets)}
+
+
 def add_flags(parser, rank):
-    flag, boolean = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--rank", type=int, default=rank, help="rank of the adapter")
-    flag("--alpha", type=float, help="the update is (alpha / rank) B A; None: the rank, a factor of 1")
-    flag("--rslora", action=boolean, default=False,
-         help="alpha / sqrt(rank) instead; without --alpha a factor of sqrt(rank), 11.3 at rank 128")
-    flag("--dora", action=boolean, default=False, help="learn a norm per output too")
-    flag("--lora-dropout", type=float, default=0.0, help="dropout before A")
-    flag("--targets", nargs="+", default=list(LoRAConfig.targets), help="ends of the layers' names")
+    flag = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.add_argument("--init", help="adapter folder to start from, instead of a fresh adapter: what the "
+                        "flags below say comes from it")
+    flag("--rank", type=int, help=f"rank of the adapter ({rank})")
+    flag("--alpha", type=float, help="the update is (alpha / rank) B A (the rank, a factor of 1)")
+    flag("--rslora", action=argparse.BooleanOptionalAction,
+         help="alpha / sqrt(rank) instead; without --alpha a factor of sqrt(rank), 11.3 at rank 128 (no)")
+    flag("--dora", action=argparse.BooleanOptionalAction, help="learn a norm per output too (no)")
+    flag("--lora-dropout", type=float, help=f"dropout before A ({FLAGS['lora_dropout']})")
+    flag("--targets", nargs="+", help=f"ends of the layers' names ({' '.join(FLAGS['targets'])})")
+
+
+def set_flags(args, config, source):
+    """Set the flags to what an adapter's config says; BadInput if one was given that contradicts it."""
+    targets = [config.targets] if isinstance(config.targets, str) else list(config.targets)
+    own = {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora, "dora": config.dora,
+           "lora_dropout": config.dropout, "targets": targets}
+    for name, value in own.items():
+        if (given := getattr(args, name, value)) != value:
+            raise BadInput(f"--{name.replace('_', '-')} {given}: the adapter {source} has {value}; leave the "
+                           "flag out, or start without --init")
+        setattr(args, name, value)
 
 
 def config_of(args):

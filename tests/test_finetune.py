@@ -211,6 +211,42 @@ def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):
         assert folder_hash(tmp_path / "run" / part) == folder_hash(made / "prior" / part)
 
 
+def init_flags(root, out, *more):
+    """A run that begins with the adapter of another; its rank and dropout come from there."""
+    given = flags(root, "decoder", out, "--init", root / "decoder/last", *more)
+    for flag in ("--rank", "--lora-dropout"):
+        del given[given.index(flag):given.index(flag) + 2]
+    return given
+
+
+def test_a_run_begins_with_the_adapter_that_is_given(made, tmp_path):
+    finetune.main(init_flags(made, tmp_path / "run", "--lr", 0, "--steps", 4))
+    begun, goal = ([line["val_loss"] for line in log_lines(folder) if "val_loss" in line]
+                   for folder in (tmp_path / "run", made / "decoder"))
+    assert begun == goal[-1:] * 2 and goal[-1] != goal[0]
+    assert folder_hash(tmp_path / "run/best") == folder_hash(made / "decoder/last")
+    settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    assert (settings["rank"], settings["alpha"], settings["lora_dropout"]) == (4, 4, 0.1)
+    assert settings["targets"] == ["to_q", "to_k", "to_v", "to_out.0"]
+    assert settings["init_hash"] == folder_hash(made / "decoder/last")
+    finetune.main(["decoder", "--from-run", str(tmp_path / "run"), "--steps", "1", "--out",
+                   str(tmp_path / "again")])
+    assert log_lines(tmp_path / "again")[0] == log_lines(tmp_path / "run")[0]
+    before = log_lines(tmp_path / "run")
+    with pytest.raises(BadInput, match="started with init_hash='"):
+        finetune.main(flags(made, "decoder", tmp_path / "run", "--lr", 0))
+    assert log_lines(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("flag", [["--rank", "8"], ["--alpha", "5"], ["--dora"], ["--rslora"],
+                                  ["--lora-dropout", "0"], ["--targets", "to_q"]])
+def test_a_flag_that_contradicts_the_adapter_to_begin_with_is_refused(made, tmp_path, flag):
+    with pytest.raises(BadInput) as error:
+        finetune.main(init_flags(made, tmp_path / "run", *flag))
+    assert str(error.value).startswith(f"{flag[0]} ") and "leave the flag out" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_adaptation_can_be_repeated_from_its_folder(made, tmp_path):
     finetune.main(["prior", "--from-run", str(made / "prior"), "--out", str(tmp_path / "again")])
     finetune.main(["decoder", "--from-run", str(made / "decoder"), "--steps", "8", "--out",
