@@ -28,14 +28,26 @@ import data
 import lora
 import msdm
 import training
-from diffusion import min_snr_weight, q_sample, target
+from diffusion import guided, min_snr_weight, q_sample, seeded_noise, target
 from encoders import clip_black, clip_images, clip_preprocessor, clip_texts, load_transformer, warn_of_cut
 from files import cached, file_hash, folder_hash, text_hash
-from kandinsky import Kandinsky3, pad_texts, read_schedule
+from kandinsky import (
+    Kandinsky3,
+    Kandinsky22,
+    check_match,
+    check_size,
+    decode_one_by_one,
+    latent_shape,
+    on_device,
+    pad_texts,
+    read_schedule,
+    solve,
+)
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from movq import load_movq
 from optim import Optimizers
 from runfolder import check_finite, read_run
+from unet import InItsDtype
 from weights import check_kind, fetch, prior_part
 
 
@@ -48,7 +60,7 @@ class Task:
     held_out: training.Batch
     names: list  # of the training images; draw_batch takes indices below their number
     dtype: torch.dtype | None = None  # that the objective computes in; None: training.autocast's
-    save_samples: object = None  # save_samples(step), if the network alone can generate images
+    save_samples: object = None  # save_samples(step), if images are to be sampled and the networks are there
 
 
 # MSDM's U-Net
@@ -81,6 +93,7 @@ class EncodedData:
     x_0: torch.Tensor  # (n, ...), float
     conditions: tuple  # the inputs besides x_t and t, each (n_rows, ...); row 0 is the null condition
     rows: list  # of each image, its rows of the conditions
+    black: torch.Tensor | None = None  # CLIP embedding (1, d) of a zero image, the null one of a decoder
 
     def draw(self, images, p_uncond, generator):
         """A row (b,) of each of the images (b,), row 0 with probability p_uncond (CFG, Algorithm 1)."""
@@ -185,8 +198,9 @@ def prior_data(args, prior, folder, encoders):
     texts = encoders.kept("clip-texts", key, make)
     if encoders.world.is_main:
         warn_of_cut(tokenizer, prompts, texts["states"].shape[1])
-    x_0 = prior.normalise(encoders.images()[1:].float())
-    return EncodedData(x_0, (texts["embeds"], texts["states"], texts["mask"]), rows)
+    embeds = encoders.images()
+    conditions = texts["embeds"], texts["states"], texts["mask"]
+    return EncodedData(prior.normalise(embeds[1:].float()), conditions, rows, embeds[:1])
 
 
 @torch.no_grad()
@@ -274,6 +288,61 @@ class Objective:
                            self.prediction, self.args.min_snr_gamma)
 
 
+# Kandinsky: sample images
+
+
+class Sheets:
+    """Images of held-out conditions, drawn while a network is trained, always of the same prompts and noise.
+
+    U-Net 3 draws them of prompts, the decoder of the images' own CLIP embeddings, and the prior makes
+    embeddings of prompts, which --decoder draws. The networks that only a sheet needs lie in the host's
+    memory and are on the device while they compute.
+    """
+
+    def __init__(self, args, folder, network, schedule, dtype, device):
+        self.args, self.network, self.schedule, self.device = args, network, schedule, device
+        self.decoder = None
+        if args.network == "prior":
+            folder = fetch(args.decoder, dtype)
+            check_kind(folder, "decoder", "combined")
+            check_size(args.size, Kandinsky22.size_multiple(folder))
+            self.decoder = load_decoder(folder / "unet", dtype)
+            self.decoder_schedule = read_schedule(folder / "scheduler")
+            check_match(folder, "width of an image embedding", network.to_embed.out_features,
+                        self.decoder.to_tokens.in_features)
+            if args.decoder_lora:
+                lora.load(self.decoder, args.decoder_lora)
+        self.movq = load_movq(folder / "movq")
+
+    @torch.inference_mode()
+    def draw(self, encoded, images):
+        """uint8 (n, 3, h, w) of a condition of each of the images (n,), with sampler.py's noise of seed 0."""
+        own = [encoded.rows[i] for i in images.tolist()]
+        rows = torch.tensor([r[i % len(r)] for i, r in enumerate(own)])
+        noise, shape = seeded_noise(range(len(rows))), (len(rows), *encoded.x_0.shape[1:])
+        x_0 = self.x_0(self.network, self.schedule, encoded.conditions, rows, noise, shape)
+        if self.decoder is not None:
+            embeds = torch.cat([encoded.black.to(self.device), self.network.denormalise(x_0)])
+            shape = latent_shape(len(rows), self.args.size, self.args.size, self.movq.factor)
+            with on_device(self.decoder, self.device):
+                x_0 = self.x_0(self.decoder, self.decoder_schedule, (embeds,), torch.arange(1, len(embeds)),
+                               noise, shape)
+        with on_device(self.movq, self.device):
+            return data.to_uint8(decode_one_by_one(self.movq, x_0))
+
+    def x_0(self, network, schedule, conditions, rows, noise, shape):
+        """What a network makes of noise with rows (n,) of the conditions, guided away from row 0."""
+        cond, null = ([c[r].to(self.device) for c in conditions] for r in (rows, torch.zeros_like(rows)))
+        predict = guided(InItsDtype(network), cond, null, Kandinsky22.defaults["guidance"])
+
+        def output_and_variance(x_t, t):
+            out, of_cond = predict(x_t, t)
+            return out[:, :shape[1]], of_cond[:, shape[1]:]
+
+        return solve(output_and_variance, schedule, self.args.sample_steps, "dpmpp", noise, shape,
+                     self.device)
+
+
 KANDINSKY = {  # kinds of its folder, the network's part, its loader, its training data, what else these read
     "prior": (("prior", "combined"), "prior", load_prior, prior_data,
               ("scheduler", "text_encoder", "tokenizer", "image_encoder", "image_processor")),
@@ -301,6 +370,10 @@ def kandinsky_task(args, world):
         inject(network, args)
         if args.network != "prior":
             load_autoencoder(folder, network, args.size)
+        if args.sample_steps > (T := len(schedule.alpha_bar)):
+            raise BadInput(f"--sample-steps {args.sample_steps}: the schedule has {T} times")
+        shown = args.shown and world.is_main and (args.network != "prior" or args.decoder)
+        sheets = Sheets(args, folder, network, schedule, dtype, world.device) if shown else None
     train, val, fingerprint = training.read_data(args, world)
     with world.together():
         readable, images, val_images = readable_images(train, val, args)
@@ -316,7 +389,12 @@ def kandinsky_task(args, world):
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
     names = [readable[i].name for i in images.tolist()]
-    return run, Task(network, objective, objective.held_out(val_images), names, objective.computes_in)
+
+    def save_samples(step):
+        data.write_grid(run.sheet(step), sheets.draw(encoded, val_images[:args.shown]))
+
+    return run, Task(network, objective, objective.held_out(val_images), names, objective.computes_in,
+                     sheets and save_samples)
 
 
 def base_dtype(args, device):
@@ -400,7 +478,7 @@ def train(args):
         sample(step)
 
     def sample(step):
-        if task.save_samples and world.is_main and step and not run.sheet(step).exists():
+        if world.is_main and task.save_samples and step and not run.sheet(step).exists():
             network.eval()
             with ema.applied():
                 task.save_samples(step)
@@ -422,7 +500,7 @@ def train(args):
 
 COMMON = {"steps": 10_000, "lr": 1e-4, "warmup": 0, "cosine": False, "ema_decay": 0.999}
 TRAINING = {  # defaults of Kandinsky's flags
-    "prior": COMMON | {"batch_size": 32, "p_uncond": 0.1},
+    "prior": COMMON | {"batch_size": 32, "p_uncond": 0.1, "size": 512},
     "decoder": COMMON | {"batch_size": 8, "p_uncond": 0.0, "size": 512},
     "unet3": COMMON | {"batch_size": 8, "p_uncond": 0.1, "size": 256},
 }
@@ -432,8 +510,11 @@ RANKS = {"msdm": 8, "prior": 128, "decoder": 128, "unet3": 128}
 def add_kandinsky_flags(parser, flag, network):
     flag("ema_decay", "of the averaged adapter", type=float)
     flag("p_uncond", "share of conditions replaced by the null one", type=float)
-    if network != "prior":
-        flag("size", "side of the images in pixels", type=int)
+    flag("size", "side of the images in pixels", type=int)
+    if network == "prior":
+        parser.add_argument("--decoder", help="decoder folder of 2.2, which draws the sample images; None: "
+                            "there are none")
+        parser.add_argument("--decoder-lora", help="adapter folder of that decoder")
     if network == "decoder":
         parser.add_argument("--prior", required=True, help="prior folder of 2.2, for its image encoder")
     if network == "unet3":
@@ -449,6 +530,8 @@ def add_kandinsky_flags(parser, flag, network):
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                         default=network == "unet3",
                         help="recompute activations in the backward pass to save memory")
+    parser.add_argument("--shown", type=int, default=4, help="images in the sample sheet of a checkpoint")
+    parser.add_argument("--sample-steps", type=int, default=25, help="solver steps of a sample sheet")
 
 
 def parse(argv):
@@ -493,6 +576,8 @@ def main(argv=None):
         msdm.check_flags(args)
     else:
         training.fill_defaults(args, TRAINING[args.network])
+        if getattr(args, "decoder_lora", None) and not args.decoder:
+            raise BadInput("--decoder-lora: expected --decoder FOLDER too, the decoder that it belongs to")
     train(args)
 
 

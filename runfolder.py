@@ -77,7 +77,7 @@ class Run:
 
     FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "perceptual", "text_encoder",
             "text_device", "steps", "epochs", "minutes", "accumulate", "device", "compile", "log_every",
-            "save_every", "shown", "sample_steps")
+            "save_every", "shown", "sample_steps", "decoder", "decoder_lora")
 
     def __init__(self, folder, settings: dict, fingerprint: str, world, kind="Model", like=None):
         self.folder, self.world, self.kind, self.best = Path(folder), world, kind, math.inf

@@ -21,6 +21,7 @@ DATA = "--data data --steps 1 --batch-size 2"
 VAE = f"{DATA} --size 32 --perceptual off"
 MSDM = f"{DATA} --vae vae.safetensors --size 32 --shown 1 --sample-steps 1"
 ADAPTER = f"{DATA} --rank 2 --model"
+SMALL = "--size 64 --sample-steps 1"
 SAMPLE = "--ckpt msdm.safetensors --steps 1"
 SAMPLE_22 = "--ckpt prior --decoder decoder --size 64 --steps 1 --prompt polyp"
 
@@ -36,8 +37,8 @@ COMMANDS = {  # name: module, flags, output folder
     "finetune msdm": ("finetune", f"msdm {ADAPTER} msdm.safetensors", "out"),
     "finetune resumed": ("finetune", f"msdm {ADAPTER} msdm.safetensors --steps 2", "run-adapter"),
     "finetune prior": ("finetune", f"prior {ADAPTER} prior", "out"),
-    "finetune decoder": ("finetune", f"decoder {ADAPTER} decoder --prior prior --size 64", "out"),
-    "finetune unet3": ("finetune", f"unet3 {ADAPTER} k3 --size 64", "out"),
+    "finetune decoder": ("finetune", f"decoder {ADAPTER} decoder --prior prior {SMALL}", "out"),
+    "finetune unet3": ("finetune", f"unet3 {ADAPTER} k3 {SMALL}", "out"),
     "sampler": ("sampler", f"{SAMPLE} --prompt polyp", "out"),
     "sampler --lora": ("sampler", f"{SAMPLE} --prompt polyp --lora run-adapter/best", "out"),
     "sampler again": ("sampler", f"{SAMPLE} --prompt polyp -n 2", "sampled"),

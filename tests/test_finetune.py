@@ -50,7 +50,7 @@ def flags(root, name, out, *more):
              "unet3": ["--model", root / "tiny3", "--size", 64]}[name]
     common = ["--data", root / "data", "--out", out, "--cache", root / "cache", "--rank", 4, "--lora-dropout",
               0.1, "--lr", 1e-2,
-              "--batch-size", 8, "--steps", 12, "--log-every", 4, "--save-every", 4]
+              "--batch-size", 8, "--steps", 12, "--log-every", 4, "--save-every", 4, "--sample-steps", 1]
     return [str(x) for x in (name, *model, *common, *more)]
 
 
@@ -195,6 +195,76 @@ def test_a_broken_cache_is_made_again(made, name, tmp_path, damage):
     for file in again:
         one, other = (load_safetensors(f)[0] for f in (file, made / "cache" / file.name))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# Sample images
+
+
+def sheet_of(made, name, out, *more):
+    """The sheet of a run of four steps: (2, 3, 64, 64), the two images that are held out."""
+    if name == "prior":
+        more = "--decoder", made / "tiny22/decoder", "--size", 64, *more
+    finetune.main(flags(made, name, out, "--steps", 4, "--sample-steps", 3, *more))
+    sheet = np.asarray(data.open_image(out / "samples/0000004.png"))
+    return np.stack([sheet[:, :64], sheet[:, 66:]]).transpose(0, 3, 1, 2)
+
+
+def drawn_by_the_pipeline(made, name, adapter):
+    """What the pipelines draw of the same prompts or images from the seeds 0 and 1."""
+    _, records = data.split(data.read_folder(made / "data"))
+    prompts = [r.prompts[i % len(r.prompts)] for i, r in enumerate(records)]
+    settings = {"seed": 0, "steps": 3, "solver": "dpmpp", "height": 64, "width": 64}
+    if name == "unet3":
+        pipeline = kandinsky.Kandinsky3.from_pretrained(made / "tiny3", lora=adapter)
+        return pipeline.sample(prompts, **settings)
+    loras = {f"{name}_lora": adapter}
+    pipeline = kandinsky.Kandinsky22.from_pretrained(made / "tiny22/prior", made / "tiny22/decoder", **loras)
+    if name == "prior":
+        return pipeline.sample(prompts, prior_steps=3, **settings)
+    names = [r.name for r in data.read_folder(made / "data")]
+    embeds = load_safetensors(next(made.glob("cache/clip-images-*")))[0]["embeds"]
+    own = embeds[[1 + names.index(r.name) for r in records]]
+    noise = diffusion.seeded_noise(range(len(own)))
+    images = pipeline._decode(own, embeds[:1].expand_as(own), 3, 4.0, 64, 64, noise, "dpmpp")
+    return data.to_uint8(images)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_sheet_shows_what_the_pipeline_draws_with_the_adapter(made, name, tmp_path):
+    sheet = sheet_of(made, name, tmp_path / "run").astype(int)
+    error, change = (np.abs(sheet - drawn_by_the_pipeline(made, name, adapter).numpy()).mean()
+                     for adapter in (tmp_path / "run/last", None))
+    assert error < 0.2 and change > 3 * error, (error, change)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_sheet_that_a_kill_left_out_is_made_by_the_next_start(made, name, tmp_path):
+    sheet = tmp_path / "samples/0000004.png"
+    first = sheet_of(made, name, tmp_path)
+    before = sheet.read_bytes()
+    sheet.unlink()
+    assert (sheet_of(made, name, tmp_path) == first).all() and sheet.read_bytes() == before
+
+
+def test_sheets_change_no_adapter_and_the_prior_has_none_without_a_decoder(made, tmp_path):
+    sheet_of(made, "prior", tmp_path / "shown")
+    finetune.main(flags(made, "prior", tmp_path / "plain", "--steps", 4))
+    assert folder_hash(tmp_path / "shown/last") == folder_hash(tmp_path / "plain/last")
+    assert not list((tmp_path / "plain/samples").iterdir())
+    assert [p.name for p in sorted((made / "unet3/samples").iterdir())] == ["0000004.png", "0000008.png",
+                                                                           "0000012.png"]
+
+
+def test_what_only_a_sheet_needs_is_on_the_device_while_it_computes(made, tmp_path, monkeypatch):
+    placed, on_device = [], finetune.on_device
+
+    def noted(module, device):
+        placed.append((type(module).__name__, device))
+        return on_device(module, device)
+
+    monkeypatch.setattr(finetune, "on_device", noted)
+    sheet_of(made, "prior", tmp_path, "--device", "cpu")
+    assert placed == [("Decoder", torch.device("cpu")), ("MoVQ", torch.device("cpu"))]
 
 
 def test_a_killed_run_ends_with_the_same_bytes(made, tmp_path):
@@ -513,6 +583,10 @@ def missing_shard(root, tmp_path):
     ("prior", ["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
     ("decoder", ["--size", "60"], "--size 60 is not divisible by 16"),
     ("decoder", ["--prior", "{root}/tiny3"], "holds Kandinsky 3; expected the prior of Kandinsky 2.2"),
+    ("decoder", ["--sample-steps", "1001"], "--sample-steps 1001: the schedule has 1000 times"),
+    ("prior", ["--decoder", "{root}/tiny22/prior"], "holds the prior of Kandinsky 2.2; expected the decoder"),
+    ("prior", ["--decoder", "{root}/tiny22/decoder", "--size", "100"], "--size 100: expected a multiple of"),
+    ("prior", ["--decoder-lora", "{root}/prior"], "--decoder-lora: expected --decoder FOLDER too"),
 ])
 def test_bad_input_is_one_line_and_writes_no_adapter(made, tmp_path, name, change, said):
     change = change(made, tmp_path) if callable(change) else [c.format(root=made) for c in change]
