@@ -1,6 +1,6 @@
 # `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS
+VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
@@ -85,6 +85,33 @@ train-kandinsky3: $(INSTALL)  ## LoRA on Kandinsky 3's U-Net: KANDINSKY3, DATA
 	$(PY) finetune.py unet3 --model "$$KANDINSKY3" --data "$$DATA" --out "$(OUT3)" $(FLAGS)
 	$(PY) sampler.py --ckpt "$$KANDINSKY3" --lora "$(OUT3)/best" --size 256 --offload $(SMALL_SAMPLE) --out "$(OUT3)/sample"
 
+# The paper's three stages: a decoder, a prior judged with it, a decoder judged with that prior. After each stage come the
+# images of PROMPTS (SAMPLING: further flags of sampler.py) and, where the Inception weights are there, their metrics.
+
+STAGES = $${OUT:-runs/paper-kandinsky22}
+STAGE_DATA = --data "$$DATA" --cache "$(STAGES)/cache" --save-every 2000 $(FLAGS)
+
+define judge_stage
+	$(PY) sampler.py --ckpt "$$PRIOR" --decoder "$$DECODER" $(2) --prompts "$${PROMPTS:-docs/paper-prompts.txt}" -n 40 \
+	  --out "$(STAGES)/stage-$(1)/sample" $(SAMPLING)
+	@if test -n "$$WEIGHTS" || $(PY) -c "import inception; raise SystemExit(not inception.cached_file('fid'))"; then \
+	  $(PY) metrics.py --real "$$DATA" --fake "$(STAGES)/stage-$(1)/sample" --cache "$(STAGES)/cache" \
+	    $${WEIGHTS:+--weights "$$WEIGHTS"} --json "$(STAGES)/stage-$(1)/metrics.json"; \
+	else echo "stage $(1): no metrics, the Inception weights are not in torch's cache: give WEIGHTS=FILE" >&2; fi
+endef
+
+paper-kandinsky22: $(INSTALL)  ## the paper's three stages on Kandinsky 2.2, images and metrics of each: PRIOR, DECODER, DATA
+	$(call needs,PRIOR,FOLDER or kandinsky-community/kandinsky-2-2-prior)
+	$(call needs,DECODER,FOLDER or kandinsky-community/kandinsky-2-2-decoder)
+	$(call needs,DATA,FOLDER)
+	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --rank 32 --epochs 40 --out "$(STAGES)/stage-1/decoder" $(STAGE_DATA)
+	$(call judge_stage,1,--decoder-lora "$(STAGES)/stage-1/decoder/best")
+	$(PY) finetune.py prior --model "$$PRIOR" --decoder "$$DECODER" --decoder-lora "$(STAGES)/stage-1/decoder/best" \
+	  --rank 128 --epochs 100 --out "$(STAGES)/stage-2/prior" $(STAGE_DATA)
+	$(call judge_stage,2,--prior-lora "$(STAGES)/stage-2/prior/best" --decoder-lora "$(STAGES)/stage-1/decoder/best")
+	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --rank 128 --epochs 100 --out "$(STAGES)/stage-3/decoder" $(STAGE_DATA)
+	$(call judge_stage,3,--prior-lora "$(STAGES)/stage-2/prior/best" --decoder-lora "$(STAGES)/stage-3/decoder/best")
+
 # The same commands on tiny checkpoints of random weights: they prove the machinery and sample noise.
 
 TRY    := --data data/phantom-small --steps 300 --batch-size 16 --log-every 25 --save-every 100
@@ -126,6 +153,6 @@ bench: $(INSTALL)  ## speed of the networks and metrics against this machine's m
 clean:  ## remove the built-in data and caches, but no run, no image and not the installation
 	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 try-kandinsky22 try-kandinsky3 sample \
+.PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
   metrics test test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help

@@ -336,13 +336,17 @@ def fill(net, weights, which):
     return source
 
 
-def published_file(which):
-    """Path of the published weights in torch's cache, where other libraries put them too; else downloaded."""
-    known = PUBLISHED[which]
+def cached_file(which):
+    """Path of the published weights in torch's cache, where other libraries put them too; None: not there."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for path in (folder / name for name in known["files"]):
-        if path.is_file():
-            return checked(path, known["sha256"])
+    return next((folder / name for name in PUBLISHED[which]["files"] if (folder / name).is_file()), None)
+
+
+def published_file(which):
+    """Path of the published weights in torch's cache, else downloaded into it."""
+    known, folder = PUBLISHED[which], Path(torch.hub.get_dir()) / "checkpoints"
+    if path := cached_file(which):
+        return checked(path, known["sha256"])
     path, url = folder / known["files"][0], known["url"] + known["files"][0]
     try:
         with replacing(path) as tmp:

@@ -1,9 +1,17 @@
 """The Makefile hands its values to the commands as they stand."""
 
+import json
 import subprocess
 
 import pytest
+import tiny_kandinsky
 from helpers import ROOT
+
+import finetune
+import metrics
+import phantom
+import sampler
+from files import folder_hash
 
 
 def made_commands(*words):
@@ -19,3 +27,45 @@ def test_preset_reaches_both_trainings(given, preset):
     vae, unet = made_commands("train-msdm", "DATA=some $folder", *given)
     assert vae == f"vae.py --preset {preset} --data some $folder --out runs/msdm/vae"
     assert unet.startswith(f"msdm.py --preset {preset} --data some $folder --vae runs/msdm/vae/best.saf")
+
+
+def in_process(line):
+    """A printed command, without the start of a python; it has no word with a space in it."""
+    script, *flags = line.split()
+    {"finetune.py": finetune, "sampler.py": sampler, "metrics.py": metrics}[script].main(flags)
+
+
+def test_the_papers_stages_go_on_where_they_were_and_use_each_others_results(tmp_path):
+    phantom.main(["--out", str(tmp_path / "data"), "--n", "12", "--size", "64"])
+    tiny_kandinsky.main(["--out", str(tmp_path / "tiny")])
+    (tmp_path / "prompts.txt").write_text("Generate an image with 2 polyps.\n")
+    prior, decoder, out = (tmp_path / name for name in ("tiny/prior", "tiny/decoder", "out"))
+    lines = made_commands(
+        "paper-kandinsky22", f"PRIOR={prior}", f"DECODER={decoder}", f"DATA={tmp_path / 'data'}",
+        f"OUT={out}", f"PROMPTS={tmp_path / 'prompts.txt'}", "SAMPLING=--size 64 --steps 1 -n 10",
+        "WEIGHTS=rule", "FLAGS=--size 64 --epochs 0.1 --rank 2 --shown 1 --sample-steps 1 --batch-size 8")
+    assert [line.split()[0] for line in lines] == ["finetune.py", "sampler.py", "metrics.py"] * 3
+    for line in lines[:4]:  # and killed
+        in_process(line)
+    first = {f: f.stat().st_mtime_ns for f in (out / "stage-1").rglob("*.png")}
+    adapter = folder_hash(out / "stage-1/decoder/best")
+    for line in lines:
+        in_process(line)
+    assert len(first) == 11 and all(f.stat().st_mtime_ns == made for f, made in first.items())
+    assert folder_hash(out / "stage-1/decoder/best") == adapter
+    assert list((out / "stage-2/prior/samples").iterdir())  # drawn by the decoder of stage 1
+    best = {name: folder_hash(out / name / "best") for name in ("stage-2/prior", "stage-3/decoder")}
+    used = [json.loads((out / f"stage-{n}/sample/config.json").read_text()) for n in (1, 2, 3)]
+    assert [(x["prior_lora"], x["decoder_lora"]) for x in used] == [
+        (None, adapter), (best["stage-2/prior"], adapter), (best["stage-2/prior"], best["stage-3/decoder"])]
+    assert all(json.loads((out / f"stage-{n}/metrics.json").read_text())["fid"] > 0 for n in (1, 2, 3))
+
+
+def test_without_inception_weights_the_stages_say_so_and_go_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ntest "$1" != -c\n')  # the weights are not there, all else succeeds
+    python.chmod(0o755)
+    said = subprocess.run(["make", "--silent", "--old-file", ".venv/installed", f"PY={python}",
+                           "paper-kandinsky22", "PRIOR=a", "DECODER=b", "DATA=c"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0 and said.stderr.count("give WEIGHTS=FILE") == 3

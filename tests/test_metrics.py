@@ -113,12 +113,13 @@ def test_published_file_is_found_checked_or_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(inception.urllib.request, "urlopen", offline)
     with pytest.raises(BadInput, match="no route.*https://.*6726825d.pth.*--weights"):
         inception.published_file("fid")
+    assert inception.cached_file("fid") is None
     path = tmp_path / "checkpoints" / inception.PUBLISHED["fid"]["files"][1]
     path.write_bytes(b"half a file")
     with pytest.raises(BadInput, match="SHA-256"):
         inception.published_file("fid")
     monkeypatch.setitem(inception.PUBLISHED["fid"], "sha256", inception.file_hash(path))
-    assert inception.published_file("fid") == path
+    assert inception.published_file("fid") == inception.cached_file("fid") == path
 
 
 def test_images_must_be_uint8(net):
