@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from files import load_safetensors
 from msdm import MSDM, Diffusion
+from pixels import open_image
 from text import TextConfig, TextTransformer, learn_tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -143,3 +144,8 @@ def image(seed=0, w=48, h=32):
     """Smooth coloured noise, a PIL image."""
     x = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(x).resize((w, h), Image.Resampling.BICUBIC)
+
+
+def pixels(out):
+    """Of the two images in a folder, as bytes; the files also hold the settings that they were made with."""
+    return [open_image(out / "images" / f"{i:06d}.png").tobytes() for i in range(2)]
