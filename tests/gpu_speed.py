@@ -18,6 +18,7 @@ import optim
 import training
 import unet as unets
 import vae as vaes
+from encoded import EncodedData
 from files import read_json
 from kandinsky_networks import build_decoder, build_prior, build_unet3
 from movq import build_movq
@@ -332,7 +333,7 @@ def lora_steps(report, name, network, schedule, encoded, b, sizes, device):
 
 def encoded_data(x_0, *conditions):
     n = len(x_0)
-    return finetune.EncodedData(x_0, conditions, [[i] for i in range(n)])
+    return EncodedData(x_0, conditions, [[i] for i in range(n)])
 
 
 class RandomTexts(kandinsky.Kandinsky22):

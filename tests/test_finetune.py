@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessor
 
 import data
 import diffusion
+import encoded
 import encoders
 import finetune
 import kandinsky
@@ -106,8 +107,8 @@ def test_a_training_ends_in_an_adapter_and_its_log(made, name):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_run_in_two_parts_ends_with_the_same_bytes_and_encodes_nothing_again(made, name, tmp_path,
                                                                                monkeypatch):
-    monkeypatch.setattr(finetune, "clip_images", None)  # would be errors to call
-    monkeypatch.setattr(finetune, "clip_texts", None)
+    monkeypatch.setattr(encoded, "clip_images", None)  # would be errors to call
+    monkeypatch.setattr(encoded, "clip_texts", None)
     monkeypatch.setattr(kandinsky.Kandinsky3, "encode_text", None)
     monkeypatch.setattr(data, "preprocess", lambda img, size, *_: np.zeros((size, size, 3), np.uint8))
     for steps in (8, 12):
@@ -119,11 +120,11 @@ def test_a_run_in_two_parts_ends_with_the_same_bytes_and_encodes_nothing_again(m
 
 RANK_0_ENCODES = """
 import json, sys
-import data, finetune, kandinsky, movq, training
+import data, encoded, finetune, kandinsky, movq, training
 world = training.start("cpu")
 training.start = lambda device: world
 if world.rank:  # would be errors to call
-    finetune.clip_images = finetune.clip_texts = kandinsky.Kandinsky3.encode_text = movq.MoVQ.encode = None
+    encoded.clip_images = encoded.clip_texts = kandinsky.Kandinsky3.encode_text = movq.MoVQ.encode = None
     data.load_images = None
 for flags in json.loads(sys.argv[1]):
     finetune.main(flags)
@@ -161,7 +162,7 @@ def test_a_changed_caption_encodes_no_image_again(made, name, tmp_path, monkeypa
     shutil.copytree(made / "data", tmp_path / "data")
     with open(tmp_path / "data/prompt-gt.csv", "a", encoding="utf-8") as f:
         f.write("Generate an image with 6 findings.;000000.png\n")
-    monkeypatch.setattr(finetune, "clip_images", None)
+    monkeypatch.setattr(encoded, "clip_images", None)
     monkeypatch.setattr(movq.MoVQ, "encode", None)
     shutil.copytree(made / "cache", tmp_path / "cache")
     finetune.main(flags(made, name, tmp_path / "run", "--data", tmp_path / "data", "--cache",
@@ -251,13 +252,13 @@ def test_sheets_change_no_adapter_and_the_prior_has_none_without_a_decoder(made,
 
 
 def test_what_only_a_sheet_needs_is_on_the_device_while_it_computes(made, tmp_path, monkeypatch):
-    placed, on_device = [], finetune.on_device
+    placed, on_device = [], encoded.on_device
 
     def noted(module, device):
         placed.append((type(module).__name__, device))
         return on_device(module, device)
 
-    monkeypatch.setattr(finetune, "on_device", noted)
+    monkeypatch.setattr(encoded, "on_device", noted)
     sheet_of(made, "prior", tmp_path, "--device", "cpu")
     assert placed == [("Decoder", torch.device("cpu")), ("MoVQ", torch.device("cpu"))]
 
@@ -463,13 +464,13 @@ def test_min_snr_weights(prediction, gamma):
 
 
 def test_a_step_draws_an_images_own_rows_or_the_null_one():
-    encoded = finetune.EncodedData(torch.zeros(3, 2), (torch.arange(6.0),), [[1], [2, 3], [4, 5]])
+    held = encoded.EncodedData(torch.zeros(3, 2), (torch.arange(6.0),), [[1], [2, 3], [4, 5]])
     images, g = torch.tensor([0, 1, 2] * 200), torch.Generator().manual_seed(0)
-    rows = encoded.draw(images, 0.25, g)
-    for i, own in enumerate(encoded.rows):
+    rows = held.draw(images, 0.25, g)
+    for i, own in enumerate(held.rows):
         assert set(rows[images == i].tolist()) == {0, *own}
     assert 0.2 < (rows == 0).float().mean() < 0.3
-    assert not (encoded.draw(images, 0.0, g) == 0).any() and not encoded.draw(images, 1.0, g).any()
+    assert not (held.draw(images, 0.0, g) == 0).any() and not held.draw(images, 1.0, g).any()
 
 
 # The conditions of the training are those of the pipelines
