@@ -74,7 +74,7 @@ train-kandinsky22: $(INSTALL)  ## LoRA on Kandinsky 2.2's prior and decoder: PRI
 	$(call needs,PRIOR,FOLDER or kandinsky-community/kandinsky-2-2-prior)
 	$(call needs,DECODER,FOLDER or kandinsky-community/kandinsky-2-2-decoder)
 	$(call needs,DATA,FOLDER)
-	$(PY) finetune.py prior --model "$$PRIOR" --out "$(OUT22)/prior" $(LORA22)
+	$(PY) finetune.py prior --model "$$PRIOR" --decoder "$$DECODER" --out "$(OUT22)/prior" $(LORA22)
 	$(PY) finetune.py decoder --model "$$DECODER" --prior "$$PRIOR" --out "$(OUT22)/decoder" $(LORA22)
 	$(PY) sampler.py --ckpt "$$PRIOR" --decoder "$$DECODER" --prior-lora "$(OUT22)/prior/best" \
 	  --decoder-lora "$(OUT22)/decoder/best" $(SMALL_SAMPLE) --out "$(OUT22)/sample"
@@ -122,7 +122,7 @@ $(TINY22) $(TINY3): | $(INSTALL)
 	$(PY) tests/tiny_kandinsky.py --kind $(if $(filter $(TINY3),$@),3,2.2) --out $@
 
 try-kandinsky22: $(INSTALL) $(SMALL) $(TINY22)  ## the commands of train-kandinsky22 on a tiny random model
-	$(PY) finetune.py prior --model $(TINY22)/prior --out runs/try-kandinsky22/prior $(TRY) --lr 1e-3 $(FLAGS)
+	$(PY) finetune.py prior --model $(TINY22)/prior --decoder $(TINY22)/decoder --size 64 --out runs/try-kandinsky22/prior $(TRY) --lr 1e-3 $(FLAGS)
 	$(PY) finetune.py decoder --model $(TINY22)/decoder --prior $(TINY22)/prior --size 64 --out runs/try-kandinsky22/decoder $(TRY) --lr 1e-3 $(FLAGS)
 	$(PY) sampler.py --ckpt $(TINY22)/prior --decoder $(TINY22)/decoder --prior-lora runs/try-kandinsky22/prior/best \
 	  --decoder-lora runs/try-kandinsky22/decoder/best --size 64 --prompt "$(call prompt,1 polyp)" -n 4 --steps 20 --solver dpmpp --grid \
