@@ -259,7 +259,8 @@ def check_size(size, multiple):
 class Kandinsky22:
     """text -> image embedding -> image. embed and decode reproduce the reference; sample has our seeds."""
 
-    defaults = {"steps": 50, "guidance": 4.0, "height": 512, "width": 512}
+    defaults = {"steps": 50, "guidance": 4.0, "height": 512, "width": 512, "prior_steps": 25,
+                "prior_guidance": None}
     offloaded = None  # the device of offload
 
     def __init__(self, prior, prior_schedule, text_encoder, tokenizer, image_encoder, decoder,
@@ -394,10 +395,14 @@ class Kandinsky22:
 
     @one_image_at_a_time_on_cpu
     def sample_batch(self, prompts, seeds, steps=50, solver="ddpm", guidance=4.0, negative_prompt="",
-                     height=512, width=512, prior_steps=25):
-        """uint8 (b, 3, h, w) of b prompts and b seeds. steps are the decoder's."""
+                     height=512, width=512, prior_steps=25, prior_guidance=None):
+        """uint8 (b, 3, h, w) of b prompts and b seeds. steps are the decoder's.
+
+        guidance is the decoder's and, where prior_guidance is None, the prior's.
+        """
         draw = seeded_noise(seeds)
-        embeds = self._embed(prompts, prior_steps, guidance, draw, negative_prompt or None, solver)
+        prior_guidance = guidance if prior_guidance is None else prior_guidance
+        embeds = self._embed(prompts, prior_steps, prior_guidance, draw, negative_prompt or None, solver)
         return to_uint8(self._decode(*embeds, steps, guidance, height, width, draw, solver))
 
 

@@ -44,6 +44,7 @@ from files import (
 from weights import check_kind, fetch, kind_of
 
 MOST_IMAGES = 1_000_000  # a request; their names have six digits
+OWN = ("steps", "guidance", "prior_steps", "prior_guidance")  # settings that each model has its own values of
 
 # The model
 
@@ -56,7 +57,7 @@ def find_model(args):
     """
     def refuse(kind, *flags):
         for flag in flags:
-            if getattr(args, flag):
+            if (value := getattr(args, flag)) not in (None, "") and value is not False:  # 0 is a value
                 raise BadInput(f"--{flag.replace('_', '-')} is not for {kind}, which --ckpt {args.ckpt} is")
 
     device = training.own_device(args.device)
@@ -65,8 +66,8 @@ def find_model(args):
     hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
         msdm.load_meta(args.ckpt)
-        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "size", "text_device",
-               "offload")
+        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "prior_steps", "prior_guidance",
+               "size", "text_device", "offload")
 
         def load():
             model = msdm.load(args.ckpt, device, args.text_encoder)
@@ -80,7 +81,7 @@ def find_model(args):
     refuse("a folder of Kandinsky", "text_encoder")
     kind = kind_of(folder)
     if kind == "3":
-        refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora")
+        refuse("Kandinsky 3", "decoder", "prior_lora", "decoder_lora", "prior_steps", "prior_guidance")
         decoder, cls, more = folder, kandinsky.Kandinsky3, (args.lora, dtype, args.text_device)
     else:
         refuse("Kandinsky 2.2", "lora", "text_device")
@@ -225,6 +226,9 @@ def parse(argv):
     flag("--solver", choices=sorted(SOLVERS), default="ddpm", help="numerical solver of the reverse process")
     flag("--guidance", type=float,
          help="g of uncond + g (cond - uncond); 1 is off; None: the checkpoint's for MSDM, 4 for Kandinsky")
+    flag("--prior-steps", type=int, help="solver steps of the prior (Kandinsky 2.2); None: 25")
+    flag("--prior-guidance", type=float,
+         help="g of the prior (Kandinsky 2.2); 1 is off; None: that of the decoder, --guidance")
     flag("--negative-prompt", default="", help="what guidance moves away from")
     flag("--size", type=int, help="side of the images in pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
     flag("--batch-size", type=int, default=16, help="images at a time; does not change them")
@@ -240,8 +244,9 @@ def parse(argv):
          help="say in every PNG that it is synthetic, with its prompt, its seed and the checkpoint's hash")
     flag("--out", required=True, help="data folder to write; run again, only missing images are made")
     args = parser.parse_args(argv)
-    at_least_one(args, "n", "batch_size", "steps", "size")
-    check_range(args, -math.inf, math.inf, "guidance", "lora_scale")
+    args.height = args.width = args.size
+    at_least_one(args, "n", "batch_size", "steps", "prior_steps", "size")
+    check_range(args, -math.inf, math.inf, "guidance", "prior_guidance", "lora_scale")
     check_range(args, -2**63, 2**64 - 1, "seed")
     if args.lora_scale != 1 and not (args.lora or args.prior_lora or args.decoder_lora):
         raise BadInput(f"--lora-scale {args.lora_scale:g}: expected an adapter that it scales, of --lora, "
@@ -269,25 +274,31 @@ def read_prompts(args):
     return [p for p in prompts for _ in range(args.n)]
 
 
+def request_of(args, model):
+    """The settings of model.sample_batch: the flags, or the model's own; BadInput for what it cannot do."""
+    request = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in model.defaults.items()}
+    for k in ("steps", "prior_steps"):
+        if request.get(k, 1) > model.T:
+            flag = "--" + k.replace("_", "-")
+            raise BadInput(f"{flag} {request[k]}: the checkpoint's schedule has {model.T} times")
+    if args.negative_prompt and request["guidance"] == 1 and request.get("prior_guidance") in (None, 1):
+        raise BadInput("--negative-prompt plays no part where --guidance is 1: leave one of them out")
+    return request | {"solver": args.solver, "negative_prompt": args.negative_prompt}
+
+
 def main(argv=None):
     args = parse(argv)
     prompts, out = read_prompts(args), Path(args.out)
-    given = {"steps": args.steps, "guidance": args.guidance, "height": args.size, "width": args.size}
     settings = {"prompts": text_hash(*prompts), "solver": args.solver,
                 "negative_prompt": args.negative_prompt, "seed": args.seed}
-    asked = {k: given[k] for k in ("steps", "guidance") if given[k] is not None}
+    asked = {k: getattr(args, k) for k in OWN if getattr(args, k) is not None}
     check_folder(out, settings | asked)  # before files are hashed, then before weights are loaded
     world = training.start("cpu")  # gloo, whatever --device is: the processes only wait for each other
     with world.together():
         load, hashes = find_model(args)
         check_folder(out, settings | asked | hashes)
         model = load()
-        request = {k: v if given[k] is None else given[k] for k, v in model.defaults.items()}
-        request |= {"solver": args.solver, "negative_prompt": args.negative_prompt}
-        if request["steps"] > model.T:
-            raise BadInput(f"--steps {request['steps']}: the checkpoint's schedule has {model.T} times")
-        if args.negative_prompt and request["guidance"] == 1:
-            raise BadInput("--negative-prompt plays no part where --guidance is 1: leave one of them out")
+        request = request_of(args, model)
         adapted = any(lora.layers(network) for network in model.networks)
         for network in model.networks:
             lora.set_scale(network, args.lora_scale)
@@ -295,8 +306,8 @@ def main(argv=None):
                 lora.merge(network)
                 network.to(getattr(torch, args.dtype))
         settings = hashes | settings | {
-            "steps": request["steps"], "guidance": request["guidance"], "size": request.get("height"),
-            "dtype": args.dtype,
+            **{k: request.get(k) for k in OWN},
+            "size": request.get("height"), "dtype": args.dtype,
             "lora_scale": args.lora_scale if adapted else None}
         if world.is_main:
             claim_folder(out, settings, prompts, args.seed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, fixture, tiny_msdm, torchrun, two_ranks
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import data
 import sampler
@@ -169,6 +170,65 @@ def test_a_size_that_kandinsky_does_not_generate_is_refused(monkeypatch, tmp_pat
     with pytest.raises(BadInput, match="--text-encoder is not for a folder of Kandinsky"):
         sample(tmp_path / "o", *flags, "--text-encoder", "clip")
     assert not (tmp_path / "o").exists()
+
+
+# The prior of Kandinsky 2.2
+
+
+def flags_22(*more):
+    prior, decoder = fixture("kandinsky-2-2-prior"), fixture("kandinsky-2-2-decoder")
+    return [str(x) for x in ("--ckpt", prior, "--decoder", decoder, "--prompt", PROMPT, "--device", "cpu",
+                             "--size", 64, "--steps", 2, *more)]
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """The batch size of every pass through the prior and the decoder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = {"Prior": [], "Decoder": []}
+
+    def count(module, args):
+        if type(module).__name__ in rows:
+            rows[type(module).__name__].append(len(args[0]))
+
+    hook = register_module_forward_pre_hook(count)
+    yield rows
+    hook.remove()
+
+
+def test_the_prior_has_guidance_and_steps_of_its_own(rows, tmp_path):
+    def asked(name, *flags):
+        [found.clear() for found in rows.values()]
+        sampler.main(flags_22("--out", tmp_path / name, *flags))
+        prior, decoder = rows.values()
+        assert sum(decoder) == 4  # two steps with guidance
+        return sum(prior)
+
+    assert asked("plain") == asked("same", "--prior-steps", 25, "--prior-guidance", 4) == 50
+    assert asked("one", "--prior-guidance", 1) == 25  # once a step
+    assert asked("few", "--prior-guidance", 1, "--prior-steps", 3) == 3
+    same, one, plain = (hashes_of(tmp_path / name) for name in ("same", "one", "plain"))
+    assert same == plain != one
+    with pytest.raises(BadInput, match="made with prior_steps=25, now prior_steps=3"):
+        sampler.main(flags_22("--out", tmp_path / "plain", "--prior-steps", 3))
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--prior-steps", "1001"], "--prior-steps 1001: the checkpoint's schedule has 1000 times"),
+    (["--prior-steps", "0"], "--prior-steps 0: expected 1 or more"),
+    (["--prior-guidance", "nan"], "--prior-guidance nan: expected a finite number"),
+    (["--guidance", "1", "--prior-guidance", "1", "--negative-prompt", "text"], "plays no part")])
+def test_a_request_that_the_prior_cannot_fulfil_is_refused(rows, tmp_path, flags, said):
+    with pytest.raises(BadInput, match=said):
+        sampler.main(flags_22("--out", tmp_path / "o", *flags))
+    assert not any(rows.values()) and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags", [["--prior-steps", 3], ["--prior-guidance", 0]])
+def test_flags_of_the_prior_are_for_kandinsky_2_2(checkpoint, tmp_path, flags):
+    for ckpt, kind in ((checkpoint, "an MSDM checkpoint"), (fixture("kandinsky-3"), "Kandinsky 3")):
+        with pytest.raises(BadInput, match=f"{flags[0]} is not for {kind}"):
+            sample(tmp_path / "o", "--ckpt", ckpt, *flags)
 
 
 # Files are written while the next batch is computed
