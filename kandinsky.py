@@ -245,12 +245,12 @@ def check_match(folder, what, expected, found):
                        "belong together")
 
 
-def check_size(size, multiple):
+def check_size(flag, size, multiple):
     """BadInput for a side in pixels that is not generated; a pipeline called from Python rounds it up."""
     if size is not None and size % multiple:
         below = size // multiple * multiple
         nearest = " and ".join(str(s) for s in (below, below + multiple) if s)
-        raise BadInput(f"--size {size}: expected a multiple of {multiple}; the nearest: {nearest}")
+        raise BadInput(f"{flag} {size}: expected a multiple of {multiple}; the nearest: {nearest}")
 
 
 # The pipeline of 2.2

@@ -44,7 +44,7 @@ from files import (
 from weights import check_kind, fetch, kind_of
 
 MOST_IMAGES = 1_000_000  # a request; their names have six digits
-OWN = ("steps", "guidance", "prior_steps", "prior_guidance")  # settings that each model has its own values of
+OWN = ("steps", "guidance", "prior_steps", "prior_guidance", "width", "height")  # where a model has defaults
 
 # The model
 
@@ -67,7 +67,7 @@ def find_model(args):
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
         msdm.load_meta(args.ckpt)
         refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "prior_steps", "prior_guidance",
-               "size", "text_device", "offload")
+               "size", "width", "height", "text_device", "offload")
 
         def load():
             model = msdm.load(args.ckpt, device, args.text_encoder)
@@ -96,7 +96,8 @@ def find_model(args):
         more = decoder, args.prior_lora, args.decoder_lora, dtype
         if args.decoder:
             hashes["decoder"] = folder_hash(decoder)
-    kandinsky.check_size(args.size, cls.size_multiple(decoder))
+    for side in ("size", "width", "height"):
+        kandinsky.check_size(f"--{side}", getattr(args, side), cls.size_multiple(decoder))
     hashes["checkpoint"] = folder_hash(folder)
 
     def load_kandinsky():
@@ -230,7 +231,9 @@ def parse(argv):
     flag("--prior-guidance", type=float,
          help="g of the prior (Kandinsky 2.2); 1 is off; None: that of the decoder, --guidance")
     flag("--negative-prompt", default="", help="what guidance moves away from")
-    flag("--size", type=int, help="side of the images in pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
+    flag("--size", type=int, help="both sides in pixels (Kandinsky); None: 512 for 2.2, 1024 for 3")
+    flag("--width", type=int, help="of the images in pixels (Kandinsky), as --height is; None: --size")
+    flag("--height", type=int, help="of the images in pixels (Kandinsky); None: --size")
     flag("--batch-size", type=int, default=16, help="images at a time; does not change them")
     flag("--device", default="auto", help="cpu, cuda, or auto")
     flag("--dtype", choices=("float32", "bfloat16", "float16"),
@@ -244,8 +247,7 @@ def parse(argv):
          help="say in every PNG that it is synthetic, with its prompt, its seed and the checkpoint's hash")
     flag("--out", required=True, help="data folder to write; run again, only missing images are made")
     args = parser.parse_args(argv)
-    args.height = args.width = args.size
-    at_least_one(args, "n", "batch_size", "steps", "prior_steps", "size")
+    at_least_one(args, "n", "batch_size", "steps", "prior_steps", "size", "width", "height")
     check_range(args, -math.inf, math.inf, "guidance", "prior_guidance", "lora_scale")
     check_range(args, -2**63, 2**64 - 1, "seed")
     if args.lora_scale != 1 and not (args.lora or args.prior_lora or args.decoder_lora):
@@ -276,7 +278,8 @@ def read_prompts(args):
 
 def request_of(args, model):
     """The settings of model.sample_batch: the flags, or the model's own; BadInput for what it cannot do."""
-    request = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in model.defaults.items()}
+    given = {**vars(args), "width": args.width or args.size, "height": args.height or args.size}
+    request = {k: v if given[k] is None else given[k] for k, v in model.defaults.items()}
     for k in ("steps", "prior_steps"):
         if request.get(k, 1) > model.T:
             flag = "--" + k.replace("_", "-")
@@ -306,8 +309,7 @@ def main(argv=None):
                 lora.merge(network)
                 network.to(getattr(torch, args.dtype))
         settings = hashes | settings | {
-            **{k: request.get(k) for k in OWN},
-            "size": request.get("height"), "dtype": args.dtype,
+            **{k: request.get(k) for k in OWN}, "dtype": args.dtype,
             "lora_scale": args.lora_scale if adapted else None}
         if world.is_main:
             claim_folder(out, settings, prompts, args.seed)

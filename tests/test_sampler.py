@@ -155,30 +155,53 @@ def test_two_samplers_in_one_folder_agree_or_one_is_refused(tmp_path):
                 f.unlink()
 
 
+MODELS = {"2.2": ("kandinsky-2-2-prior", "--decoder", "kandinsky-2-2-decoder"), "3": ("kandinsky-3",)}
+
+
+def kandinsky_flags(model, *more):
+    folders = [x if x.startswith("-") else fixture(x) for x in MODELS[model]]
+    return [str(x) for x in ("--ckpt", *folders, "--prompt", PROMPT, "--device", "cpu", "--size", 64,
+                             "--steps", 2, *more)]
+
+
 @pytest.mark.parametrize(("size", "nearest"), [(200, "192 and 256"), (65, "64 and 128"), (30, "64")])
-@pytest.mark.parametrize("model", ["2.2", "3"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_size_that_kandinsky_does_not_generate_is_refused(monkeypatch, tmp_path, model, size, nearest):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if model == "3":
-        flags = ["--ckpt", fixture("kandinsky-3")]
-    else:
-        flags = ["--ckpt", fixture("kandinsky-2-2-prior"), "--decoder", fixture("kandinsky-2-2-decoder")]
+    flags = kandinsky_flags(model)
     for cls in (sampler.kandinsky.Kandinsky22, sampler.kandinsky.Kandinsky3):
         monkeypatch.setattr(cls, "from_pretrained", None)  # would be an error to call
-    with pytest.raises(BadInput, match=f"--size {size}: expected a multiple of 64; the nearest: {nearest}$"):
-        sample(tmp_path / "o", *flags, "--size", size)
+    for flag in ("--size", "--width", "--height"):
+        with pytest.raises(BadInput, match=f"{flag} {size}: expected a multiple of 64; .*: {nearest}$"):
+            sample(tmp_path / "o", *flags, flag, size)
     with pytest.raises(BadInput, match="--text-encoder is not for a folder of Kandinsky"):
         sample(tmp_path / "o", *flags, "--text-encoder", "clip")
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("flags", "size"), [
+    (["--width", 128], (128, 64)), (["--height", 128], (64, 128)),
+    (["--width", 64, "--height", 64], (64, 64))])
+def test_width_and_height(monkeypatch, tmp_path, model, flags, size):
+    """Each is --size, here 64, unless given."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sampler.main([*kandinsky_flags(model), "--out", str(tmp_path / "o"), *map(str, flags)])
+    with Image.open(tmp_path / "o/images/000000.png") as img:
+        assert img.size == size
+    config = json.loads((tmp_path / "o/config.json").read_text())
+    assert (config["width"], config["height"]) == size
+    with pytest.raises(BadInput, match="images made with width="):
+        sampler.main([*kandinsky_flags(model), "--out", str(tmp_path / "o"), "--width", "192"])
+
+
+def test_width_and_height_are_not_for_msdm(checkpoint, tmp_path):
+    for flag in ("--width", "--height"):
+        with pytest.raises(BadInput, match=f"{flag} is not for an MSDM checkpoint"):
+            sample(tmp_path / "o", "--ckpt", checkpoint, flag, 64)
+
+
 # The prior of Kandinsky 2.2
-
-
-def flags_22(*more):
-    prior, decoder = fixture("kandinsky-2-2-prior"), fixture("kandinsky-2-2-decoder")
-    return [str(x) for x in ("--ckpt", prior, "--decoder", decoder, "--prompt", PROMPT, "--device", "cpu",
-                             "--size", 64, "--steps", 2, *more)]
 
 
 @pytest.fixture
@@ -199,7 +222,7 @@ def rows(monkeypatch, tmp_path):
 def test_the_prior_has_guidance_and_steps_of_its_own(rows, tmp_path):
     def asked(name, *flags):
         [found.clear() for found in rows.values()]
-        sampler.main(flags_22("--out", tmp_path / name, *flags))
+        sampler.main(kandinsky_flags("2.2", "--out", tmp_path / name, *flags))
         prior, decoder = rows.values()
         assert sum(decoder) == 4  # two steps with guidance
         return sum(prior)
@@ -210,7 +233,7 @@ def test_the_prior_has_guidance_and_steps_of_its_own(rows, tmp_path):
     same, one, plain = (hashes_of(tmp_path / name) for name in ("same", "one", "plain"))
     assert same == plain != one
     with pytest.raises(BadInput, match="made with prior_steps=25, now prior_steps=3"):
-        sampler.main(flags_22("--out", tmp_path / "plain", "--prior-steps", 3))
+        sampler.main(kandinsky_flags("2.2", "--out", tmp_path / "plain", "--prior-steps", 3))
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -220,7 +243,7 @@ def test_the_prior_has_guidance_and_steps_of_its_own(rows, tmp_path):
     (["--guidance", "1", "--prior-guidance", "1", "--negative-prompt", "text"], "plays no part")])
 def test_a_request_that_the_prior_cannot_fulfil_is_refused(rows, tmp_path, flags, said):
     with pytest.raises(BadInput, match=said):
-        sampler.main(flags_22("--out", tmp_path / "o", *flags))
+        sampler.main(kandinsky_flags("2.2", "--out", tmp_path / "o", *flags))
     assert not any(rows.values()) and not (tmp_path / "o").exists()
 
 
@@ -330,14 +353,11 @@ def test_a_process_that_fails_leaves_no_other_waiting(checkpoint, tmp_path):
 # --offload
 
 
-@pytest.mark.parametrize("model", [["kandinsky-2-2-prior", "kandinsky-2-2-decoder"], ["kandinsky-3"]])
+@pytest.mark.parametrize("model", MODELS)
 def test_offloading_changes_no_image_on_a_cpu(monkeypatch, tmp_path, model):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder, *decoder = map(fixture, model)
     for flag in ("--no-offload", "--offload"):
-        sampler.main([str(x) for x in ("--ckpt", folder, *(("--decoder", *decoder) if decoder else ()), flag,
-                                       "--prompt", PROMPT, "-n", 2, "--steps", 2, "--size", 64, "--device",
-                                       "cpu", "--out", tmp_path / flag)])
+        sampler.main(kandinsky_flags(model, flag, "-n", 2, "--out", tmp_path / flag))
     assert hashes_of(tmp_path / "--offload") == hashes_of(tmp_path / "--no-offload")
 
 
