@@ -200,6 +200,40 @@ def test_pipeline_of_3_matches_the_reference_up_to_the_rounding_of_its_weights(k
         close(img, r[f"pipeline.{name}"], max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
 
 
+# Recorded outputs of diffusers 0.42.1 on the same folders, for what the model cards do besides
+
+CARDS = "kandinsky-cards-recorded.safetensors"
+NEGATIVE = "Generate an image containing text."
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def request_of(version):
+    return json.loads(fixture(f"kandinsky-{version}-recorded.json").read_text())["prompts"]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_negative_prompts_and_a_prior_without_guidance_match_the_reference(k22):
+    r, prompts = recorded(CARDS), request_of("2-2")
+    embeds = k22.embed(prompts, 6, 4.0, generator(11), NEGATIVE)
+    for out, name in zip(embeds, ("image_embeds", "negative_image_embeds"), strict=True):
+        close(out, r[f"22.negative.{name}"], 1e-3)
+    close(k22.decode(*embeds, 6, 4.0, 64, 64, generator(12)), r["22.negative.image"], 1e-3)
+    close(k22.embed(prompts, 6, 1.0, generator(11))[0], r["22.unguided.image_embeds"], 1e-3)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_negative_prompt_of_3_matches_the_reference_up_to_the_rounding_of_its_weights(k3):
+    def generate():
+        return k3.generate(request_of("3"), 5, 4.0, 64, 64, generator(21), NEGATIVE)
+
+    img = generate()
+    close(img, recorded(CARDS)["3.negative.image"],
+          max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
+
+
 # What sampling promises
 
 PROMPTS = ["Generate an image with 1 polyp.", "Generate an image from a colonoscopy procedure.",
