@@ -12,6 +12,7 @@ iDDPM        arXiv:2102.09672  Eq. 17 the cosine schedule, Eq. 15 a learnt varia
 v-prediction arXiv:2202.00512  Sec. 4 and App. D
 CFG          arXiv:2207.12598  Eq. 6, classifier-free guidance: its w is guidance - 1
 Self-conditioning  arXiv:2208.04202  the previous estimate of x_0 is a further input
+SDEdit       arXiv:2108.01073  Sec. 3, image to image
 min-SNR      arXiv:2303.09556  Sec. 3.4  loss weights
 Spacing      arXiv:2305.08891  Table 2
 """
@@ -133,7 +134,7 @@ def _noise_levels(alpha_bar, timesteps):
     """
     times = timesteps.tolist()
     levels = alpha_bar.double()[timesteps.to(alpha_bar.device)].tolist()
-    return zip(times, levels, [*levels[1:], 1.0], strict=True)
+    return zip(times, levels, [*levels, 1.0][1:], strict=True)
 
 
 def ddpm(denoise, x_t, alpha_bar, timesteps, noise):
@@ -181,6 +182,23 @@ def dpmpp(denoise, x_t, alpha_bar, timesteps, noise=None):
 
 
 SOLVERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
+
+
+def from_image(x_0, strength, timesteps, alpha_bar, eps):
+    """(x_t, the timesteps left) for a solver that begins at an image: x_0, noised with eps (SDEdit, Sec. 3).
+
+    strength, 0 to 1: the last int(strength steps) of the timesteps are left, as in the published pipelines,
+    and x_t is at the first of them. With none left x_t is x_0, which a solver returns. With all left, at
+    strength 1, x_t is eps and x_0 plays no part, may be None: exactly the plain sample. The published
+    pipelines noise x_0 there too, so a trace of it remains; that ours does not is intended.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength}: expected 0 to 1")
+    n = int(strength * len(timesteps))
+    if n == len(timesteps):
+        return eps, timesteps
+    left = timesteps[len(timesteps) - n:]
+    return q_sample(x_0, alpha_bar[left[0]] if n else alpha_bar.new_ones(()), eps), left
 
 
 # The closure around the network

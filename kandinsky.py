@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import diffusion
-from data import to_uint8
-from diffusion import SOLVERS, denoiser, guided, sample_in_batches, seeded_noise
+from data import to_float, to_uint8
+from diffusion import SOLVERS, denoiser, from_image, guided, sample_in_batches, seeded_noise
 from encoders import (
     check_vocabulary,
     clip_black,
@@ -36,6 +36,7 @@ from files import cached, folder_hash, read_json, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
+from pixels import padded
 from unet import InItsDtype
 from weights import check_config, check_kind, fetch, prior_part
 
@@ -159,14 +160,19 @@ def denoiser_of(predict, schedule, alpha_bar, times):
     return denoiser(predict, alpha_bar, schedule.prediction, schedule.bound, times)
 
 
+def in_float32(alpha_bar):
+    """(beta, alpha_bar) as the reference computes them."""
+    beta = (1 - alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1)).float()
+    return beta, torch.cumprod(1 - beta, dim=0)
+
+
 def reference_ddpm(predict, schedule, timesteps, x_t, noise):
     """diffusion.ddpm with the reference's float32 rounding, operation by operation.
 
     In exact arithmetic they are equal. But a network may amplify the last bit of x_T to 1 % of the image, and
     then only this reproduces the image of a seed published elsewhere.
     """
-    beta = (1 - schedule.alpha_bar / F.pad(schedule.alpha_bar[:-1], (1, 0), value=1)).float()
-    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    beta, alpha_bar = in_float32(schedule.alpha_bar)
     denoise = denoiser_of(predict, schedule, alpha_bar, timesteps)
     one = torch.ones(())
     for i, t in enumerate(timesteps.tolist()):
@@ -185,18 +191,22 @@ def reference_ddpm(predict, schedule, timesteps, x_t, noise):
     return x_t
 
 
-def solve(predict, schedule, steps, solver, draw, shape, device):
-    """x_0 of the given shape; draw(*shape) gives x_T, then the noise. solver: of SOLVERS, or "reference"."""
+def solve(predict, schedule, steps, solver, draw, shape, device, z_init=None, strength=1.0):
+    """x_0 of the given shape; draw(*shape) gives x_T, then the noise. solver: of SOLVERS, or "reference".
+
+    Below strength 1 it begins at z_init (1, ...), an image's latent, and x_T noises that: see from_image.
+    """
     times = schedule.timesteps(steps)
 
     def noise():
         return to_device(draw(*shape), device)
 
-    x_T = noise()
+    alpha_bar = in_float32(schedule.alpha_bar)[1] if solver == "reference" else schedule.alpha_bar
+    x_t, times = from_image(z_init, strength, times, alpha_bar, noise())
     if solver == "reference":
-        return reference_ddpm(predict, schedule, times, x_T, noise)
-    denoise = denoiser_of(predict, schedule, schedule.alpha_bar, times)
-    return SOLVERS[solver](denoise, x_T, schedule.alpha_bar, times, noise)
+        return reference_ddpm(predict, schedule, times, x_t, noise)
+    denoise = denoiser_of(predict, schedule, alpha_bar, times)
+    return SOLVERS[solver](denoise, x_t, alpha_bar, times, noise)
 
 
 def latent_shape(n, height, width, s):
@@ -219,6 +229,18 @@ def on_device(module, device):
     finally:
         for t, data in zip(tensors, home, strict=True):
             t.data = data
+
+
+@torch.inference_mode()
+def encode_image(movq, img, height, width, device):
+    """Latent (1, 4, h, w) of an RGB image that begins a sample of this size, padded to it with black.
+
+    height and width are rounded up as those of the sample (latent_shape).
+    """
+    h, w = (side * movq.factor for side in latent_shape(1, height, width, movq.factor)[2:])
+    pixels = torch.from_numpy(padded(img, w, h)).permute(2, 0, 1)[None]
+    with on_device(movq, device):
+        return movq.encode(to_float(to_device(pixels, device)))
 
 
 def decode_one_by_one(movq, z):
@@ -363,17 +385,24 @@ class Kandinsky22:
         with on_device(self.image_encoder, self.device):
             return clip_black(self.image_encoder)
 
-    def decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, generator):
+    def encode_image(self, img, height=512, width=512):
+        """The z_init of an RGB image, for samples of this size; see the function encode_image."""
+        return encode_image(self.movq, img, height, width, self.device)
+
+    def decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, generator,
+               z_init=None, strength=1.0):
         """Images (b, 3, h, w) in about [-1, 1], not clamped; all noise comes from one generator.
 
-        h and w are height and width rounded up to whole latent cells (latent_shape).
+        h and w are height and width rounded up to whole latent cells (latent_shape). z_init, strength: see
+        sample_batch.
         """
         draw = partial(torch.randn, generator=generator)
         embeds = image_embeds, negative_image_embeds
-        return self._decode(*embeds, steps, guidance, height, width, draw, "reference")
+        return self._decode(*embeds, steps, guidance, height, width, draw, "reference", z_init, strength)
 
     @torch.inference_mode()
-    def _decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, draw, solver):
+    def _decode(self, image_embeds, negative_image_embeds, steps, guidance, height, width, draw, solver,
+                z_init, strength):
         shape = latent_shape(len(image_embeds), height, width, self.movq.factor)
 
         def eps_and_variance(x_t, t):  # guidance acts on eps only; the variance is the conditional one
@@ -382,7 +411,8 @@ class Kandinsky22:
 
         with on_device(self.decoder, self.device):
             predict = guided(InItsDtype(self.decoder), (image_embeds,), (negative_image_embeds,), guidance)
-            z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device)
+            z = solve(eps_and_variance, self.decoder_schedule, steps, solver, draw, shape, self.device,
+                      z_init, strength)
         with on_device(self.movq, self.device):
             return decode_one_by_one(self.movq, z)
 
@@ -395,15 +425,17 @@ class Kandinsky22:
 
     @one_image_at_a_time_on_cpu
     def sample_batch(self, prompts, seeds, steps=50, solver="ddpm", guidance=4.0, negative_prompt="",
-                     height=512, width=512, prior_steps=25, prior_guidance=None):
+                     height=512, width=512, prior_steps=25, prior_guidance=None, z_init=None, strength=1.0):
         """uint8 (b, 3, h, w) of b prompts and b seeds. steps are the decoder's.
 
-        guidance is the decoder's and, where prior_guidance is None, the prior's.
+        guidance is the decoder's and, where prior_guidance is None, the prior's. Image to image: the decoder
+        begins at z_init, of encode_image. strength 0 gives its reconstruction by MoVQ, 1 the plain sample, in
+        which z_init plays no part; there the published pipeline noises the image too.
         """
         draw = seeded_noise(seeds)
         prior_guidance = guidance if prior_guidance is None else prior_guidance
         embeds = self._embed(prompts, prior_steps, prior_guidance, draw, negative_prompt or None, solver)
-        return to_uint8(self._decode(*embeds, steps, guidance, height, width, draw, solver))
+        return to_uint8(self._decode(*embeds, steps, guidance, height, width, draw, solver, z_init, strength))
 
 
 # The pipeline of 3.0
@@ -520,20 +552,27 @@ class Kandinsky3:
         if file is not None and missing and is_main:
             save_or_say(file, kept | {text_hash(p): self.texts[p] for p in missing})
 
+    def encode_image(self, img, height=1024, width=1024):
+        """The z_init of an RGB image, for samples of this size; see the function encode_image."""
+        return encode_image(self.movq, img, height, width, self.device)
+
     def generate(self, prompts, steps=25, guidance=4.0, height=1024, width=1024, generator=None,
-                 negative_prompt=None):
+                 negative_prompt=None, z_init=None, strength=1.0):
         """Images (b, 3, h, w) in about [-1, 1], not clamped; all noise comes from one generator.
 
         h and w are height and width rounded up to multiples of 64. As in the reference, the texts of a batch
         are cut to its longest plus one and pooled by a mean over that length: an image depends on its batch.
+        z_init, strength: see sample_batch.
         """
         texts = self.encode_text(prompts)
         null = None if negative_prompt is None else self.encode_text([negative_prompt])[0]
         draw = partial(torch.randn, generator=generator)
-        return self._generate(texts, null, False, steps, guidance, height, width, draw, "reference")
+        return self._generate(texts, null, False, steps, guidance, height, width, draw, "reference", z_init,
+                              strength)
 
     @torch.inference_mode()
-    def _generate(self, texts, null, own_length, steps, guidance, height, width, draw, solver):
+    def _generate(self, texts, null, own_length, steps, guidance, height, width, draw, solver, z_init,
+                  strength):
         nulls = [texts[0][:0] if null is None else null] * len(texts)  # the null condition has no token
         lengths = [[min(len(x) + 1, self.n_tokens) for x in row] for row in (texts, nulls)]
         n = max(lengths[0] + lengths[1]) if own_length else max(lengths[0])
@@ -543,7 +582,7 @@ class Kandinsky3:
         shape = latent_shape(len(texts), height, width, 8)
         with on_device(self.unet, self.device):
             predict = guided(InItsDtype(self.unet), cond, null, guidance)
-            z = solve(predict, self.schedule, steps, solver, draw, shape, self.device)
+            z = solve(predict, self.schedule, steps, solver, draw, shape, self.device, z_init, strength)
         with on_device(self.movq, self.device):
             return decode_one_by_one(self.movq, z)
 
@@ -561,12 +600,13 @@ class Kandinsky3:
 
     @one_image_at_a_time_on_cpu
     def sample_batch(self, prompts, seeds, steps=25, solver="ddpm", guidance=4.0, negative_prompt="",
-                     height=1024, width=1024):
-        """uint8 (b, 3, h, w) of b prompts and b seeds."""
+                     height=1024, width=1024, z_init=None, strength=1.0):
+        """uint8 (b, 3, h, w) of b prompts and b seeds. z_init and strength as in Kandinsky22."""
         self.prepare([*prompts, *([negative_prompt] if negative_prompt else [])], batch_size=len(prompts))
         null = self.texts[negative_prompt] if negative_prompt else None
         texts, draw = [self.texts[p] for p in prompts], seeded_noise(seeds)
-        return to_uint8(self._generate(texts, null, True, steps, guidance, height, width, draw, solver))
+        settings = steps, guidance, height, width, draw, solver, z_init, strength
+        return to_uint8(self._generate(texts, null, True, *settings))
 
 
 def pad_texts(texts, n):

@@ -27,6 +27,7 @@ import vae as vaes
 from diffusion import (
     SOLVERS,
     denoiser,
+    from_image,
     guided,
     q_sample,
     sample_in_batches,
@@ -105,6 +106,12 @@ class MSDM(nn.Module):
         """Warns of prompts that the text encoder cuts; they are encoded with each batch."""
         warn_of_cut(self.text, prompts)
 
+    @torch.inference_mode()
+    def encode_image(self, img):
+        """The z_init (1, c, h, w) of an RGB image: its mean latent, padded to a square as in training."""
+        pixels = torch.from_numpy(data.preprocess(img, self.diffusion.image_size)).permute(2, 0, 1)
+        return self.vae.encode(data.to_float(pixels[None].to(self.device)))
+
     def denoiser(self, prompts, guidance, negative_prompt=""):
         """denoise(x_t, t) -> (x_0, None) for a solver, on one batch of latents with a prompt for each."""
         b = len(prompts)
@@ -115,27 +122,31 @@ class MSDM(nn.Module):
                         self_conditioning=self.unet.config.self_conditioning)
 
     def sample(self, prompts, seed=0, steps=150, solver="ddpm", guidance=None, negative_prompt="",
-               batch_size=16):
+               batch_size=16, z_init=None, strength=1.0):
         """uint8 (len(prompts), 3, h, w). Image i depends on its prompt and seed + i, not on the batch size.
 
-        guidance None: the checkpoint's own.
+        guidance None: the checkpoint's own. Image to image: the solver begins at z_init, of encode_image.
+        strength 0 gives its reconstruction by the VAE, 1 the plain sample, in which z_init plays no part.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         guidance = self.diffusion.guidance if guidance is None else guidance
         self.prepare([*prompts, negative_prompt])
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, steps=steps, solver=solver,
-                                 guidance=guidance, negative_prompt=negative_prompt)
+                                 guidance=guidance, negative_prompt=negative_prompt, z_init=z_init,
+                                 strength=strength)
 
     @torch.inference_mode()
-    def sample_batch(self, prompts, seeds, steps, solver, guidance, negative_prompt=""):
+    def sample_batch(self, prompts, seeds, steps, solver, guidance, negative_prompt="", z_init=None,
+                     strength=1.0):
         """uint8 (b, 3, h, w) of one batch: a prompt and a seed for each image."""
         denoise, draw = self.denoiser(prompts, guidance, negative_prompt), seeded_noise(seeds)
 
         def noise():
             return to_device(draw(len(prompts), *self.latent_shape()), self.device)
 
-        times = timesteps(self.T, steps)
-        z = SOLVERS[solver](denoise, noise(), self.diffusion.alpha_bar(), times, noise)
+        alpha_bar = self.diffusion.alpha_bar()
+        x_t, times = from_image(z_init, strength, timesteps(self.T, steps), alpha_bar, noise())
+        z = SOLVERS[solver](denoise, x_t, alpha_bar, times, noise)
         return torch.cat([data.to_uint8(self.vae.decode(part)) for part in z.split(16)])  # bounds the memory
 
     def tensors(self):

@@ -160,7 +160,7 @@ def preprocess(img, size, crop="pad", rng=None) -> np.ndarray:
     """
     w, h = img.size
     if crop == "pad":
-        return padded(img, size)
+        return padded(img, size, size)
     side = min(w, h)
     x, y = (w - side) // 2, (h - side) // 2
     if crop == "random":
@@ -171,21 +171,21 @@ def preprocess(img, size, crop="pad", rng=None) -> np.ndarray:
     return np.array(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def padded(img, size) -> np.ndarray:
-    """The image centred on a black square of its longer side, resized to uint8 (size, size, 3).
+def padded(img, width, height) -> np.ndarray:
+    """The image centred on the smallest black one of these proportions, resized to uint8 (height, width, 3).
 
     PIL's resize works along the rows first, then along the columns. Here the rows are padded and resized a
-    strip at a time: the same bytes as of the whole square, which for 60,000 x 120 pixels takes 11 GB.
+    strip at a time: the same bytes as of the whole one, which for a square of 60,000 pixels takes 11 GB.
     """
     w, h = img.size
-    side = max(w, h)
-    rows, step = Image.new("RGB", (size, side)), max(1, 2 ** 20 // side)
+    full_w, full_h = max(w, round(h * width / height)), max(h, round(w * height / width))
+    rows, step = Image.new("RGB", (width, full_h)), max(1, 2 ** 20 // full_w)
     for y in range(0, h, step):
-        strip = Image.new("RGB", (side, min(step, h - y)))
-        strip.paste(img.crop((0, y, w, y + strip.height)), ((side - w) // 2, 0))
-        strip = strip.resize((size, strip.height), Image.Resampling.BICUBIC)
-        rows.paste(strip, (0, (side - h) // 2 + y))
-    return np.array(rows.resize((size, size), Image.Resampling.BICUBIC))
+        strip = Image.new("RGB", (full_w, min(step, h - y)))
+        strip.paste(img.crop((0, y, w, y + strip.height)), ((full_w - w) // 2, 0))
+        strip = strip.resize((width, strip.height), Image.Resampling.BICUBIC)
+        rows.paste(strip, (0, (full_h - h) // 2 + y))
+    return np.array(rows.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def look(path):

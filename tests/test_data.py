@@ -210,6 +210,19 @@ def test_quotes_around_a_word_are_kept(folder):
     assert [r.prompts for r in data.read_folder(folder)] == [['"large" polyp'], ['a "flat" one']]
 
 
+def test_padding_to_other_proportions_keeps_the_whole_image_in_the_middle():
+    white = Image.new("RGB", (40, 20), "white")
+    for (width, height), box in {(64, 64): (0, 16, 64, 48), (64, 32): (0, 0, 64, 32),
+                                 (32, 64): (0, 24, 32, 40), (96, 32): (16, 0, 80, 32)}.items():
+        out = pixels.padded(white, width, height)
+        assert out.shape == (height, width, 3)
+        x_0, y_0, x_1, y_1 = box
+        inside = np.zeros((height, width), bool)
+        inside[y_0:y_1, x_0:x_1] = True
+        assert (abs(out.astype(int) - 255 * inside[..., None]).max(axis=2) > 128).sum() == 0
+        assert out[inside].mean() > 240 and (inside.all() or out[~inside].mean() < 15)
+
+
 def test_a_pipe_is_no_image(folder):
     os.mkfifo(folder / "images" / "pipe.png")
     assert [p.name for p in data.list_images(folder)] == ["a.jpg", "b.png", "c.jpg"]

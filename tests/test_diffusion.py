@@ -130,6 +130,33 @@ def test_a_gaussian_keeps_its_mean_and_variance(solver):
     assert out.std().item() == pytest.approx(0.7, rel=0.02)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.3, 1.0])
+def test_from_images_of_a_gaussian_come_images_of_the_same(solver, strength):
+    noise, times = fresh_noise((20_000,)), timesteps(1000, 1000)
+    x_0 = 0.5 + 0.7 * fresh_noise((20_000,), seed=1)()
+    x_t, left = diffusion.from_image(x_0, strength, times, ALPHA_BAR, noise())
+    out = SOLVERS[solver](gaussian(0.5, 0.7, ALPHA_BAR), x_t, ALPHA_BAR, left, noise)
+    assert out.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert out.std().item() == pytest.approx(0.7, rel=0.02)
+    kept = torch.corrcoef(torch.stack([x_0, out]))[0, 1].item()  # how much of the images is left
+    low, high = {0.0: (1 - 1e-9, 1.1), 0.1: (0.6, 0.9), 0.3: (0.15, 0.5), 1.0: (-0.02, 0.02)}[strength]
+    assert low < kept < high and (strength or torch.equal(out, x_0))
+
+
+@pytest.mark.parametrize(("strength", "left"), [(0, 0), (0.19, 1), (0.2, 2), (0.58, 5), (0.99, 9), (1, 10)])
+def test_the_last_steps_are_left_and_the_image_is_noised_to_the_first(strength, left):
+    x_0, eps, times = torch.full((1, 3), 2.0), torch.ones(4, 3), timesteps(1000, 10)
+    x_t, own = diffusion.from_image(x_0, strength, times, ALPHA_BAR, eps)
+    assert torch.equal(own, times[10 - left:])
+    a_t = ALPHA_BAR[own[0]].float() if left else torch.ones(())
+    expected = eps if left == 10 else a_t.sqrt() * 2 + (1 - a_t).sqrt() * eps
+    torch.testing.assert_close(x_t, expected)
+    assert left not in (0, 10) or torch.equal(x_t, expected)
+    with pytest.raises(ValueError, match="strength=1.5: expected 0 to 1"):
+        diffusion.from_image(x_0, 1.5, times, ALPHA_BAR, eps)
+
+
 def ode_error(solver, steps, T=100_000):
     """Distance to the exact flow (an ODE) of Gaussian data, where x_t scales with its own deviation."""
     alpha_bar, std, x_T = schedule("linear", T, 1e-6, 2e-4), 0.5, torch.tensor([1.3], dtype=torch.float64)

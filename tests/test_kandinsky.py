@@ -6,9 +6,11 @@ import json
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import PeakMemory, close, fixture, manifest, recorded
+from PIL import Image
 from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -20,7 +22,7 @@ import diffusion
 import encoders
 import kandinsky
 import lora
-from data import to_uint8
+from data import to_float, to_uint8
 from diffusion import guided
 from files import load_safetensors, save_safetensors, write_json
 from kandinsky import InItsDtype, Kandinsky3, Kandinsky22, Schedule, denoiser_of, read_schedule
@@ -234,6 +236,29 @@ def test_a_negative_prompt_of_3_matches_the_reference_up_to_the_rounding_of_its_
           max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
 
 
+def picture():
+    """The image that was given to the reference."""
+    return Image.fromarray(recorded(CARDS)["image"].permute(1, 2, 0).numpy())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_image_to_image_matches_the_reference(k22, k3):
+    r = recorded(CARDS)
+    embeds = r["22.negative.image_embeds"], r["22.negative.negative_image_embeds"]
+    z_init = r["22.from_image.z"]
+    close(k22.encode_image(picture(), 64, 64), z_init[:1], 1e-4)
+    img = k22.decode(*embeds, 6, 4.0, 64, 64, generator(13), z_init, 0.5)
+    close(img, r["22.from_image.image"], 1e-3)
+    z_init = r["3.from_image.z"]
+    close(k3.encode_image(picture(), 64, 64), z_init[:1], 1e-4)
+
+    def generate():
+        return k3.generate(request_of("3"), 5, 4.0, 64, 64, generator(23), z_init=z_init, strength=0.6)
+
+    img = generate()
+    close(img, r["3.from_image.image"], max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
+
+
 # What sampling promises
 
 PROMPTS = ["Generate an image with 1 polyp.", "Generate an image from a colonoscopy procedure.",
@@ -252,6 +277,26 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(version, settings, reques
     alone = [pipeline.sample([p], seed=5 + i, batch_size=1, **settings) for i, p in enumerate(PROMPTS)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("version", ["k22", "k3"])
+@pytest.mark.parametrize("solver", [*diffusion.SOLVERS, "reference"])
+def test_image_to_image_runs_from_the_reconstruction_to_the_plain_sample(version, solver, request):
+    pipeline = request.getfixturevalue(version)
+    settings = {"seed": 5, "steps": 4, "height": 64, "width": 128, "solver": solver}
+    img, pixels = picture().resize((128, 32)), torch.zeros(64, 128, 3, dtype=torch.uint8)
+    pixels[16:48] = torch.from_numpy(np.array(img))  # padded with black
+    z_init = pipeline.encode_image(img, 64, 128)
+    with torch.no_grad():
+        z = pipeline.movq.encode(to_float(pixels.permute(2, 0, 1)[None]))
+        reconstruction = to_uint8(pipeline.movq.decode(z))[0]
+    assert torch.equal(z, z_init)
+    runs = {s: pipeline.sample(PROMPTS, z_init=z_init, strength=s, **settings) for s in (0, 0.5, 1)}
+    assert all(torch.equal(x, reconstruction) for x in runs[0])
+    assert torch.equal(runs[1], pipeline.sample(PROMPTS, **settings))
+    assert not any(torch.equal(runs[0.5], runs[s]) for s in (0, 1))
+    alone = pipeline.sample(PROMPTS[1], z_init=z_init, strength=0.5, **(settings | {"seed": 6}))
+    assert torch.equal(alone[0], runs[0.5][1])
 
 
 # Memory

@@ -58,6 +58,29 @@ def test_the_negative_prompt_is_what_guidance_moves_away_from():
                        m.sample(PROMPTS[:1], steps=3, guidance=1.0))
 
 
+@pytest.mark.parametrize("solver", diffusion.SOLVERS)
+def test_image_to_image_runs_from_the_reconstruction_to_the_plain_sample(solver):
+    m, img = tiny_msdm(), image(3, 48, 32)
+    request = {"seed": 5, "steps": 6, "solver": solver}
+    pixels = torch.from_numpy(data.preprocess(img, 32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        reconstruction = data.to_uint8(m.vae.decode(m.vae.encode(data.to_float(pixels))))[0]
+    z_init = m.encode_image(img)
+    runs = {s: m.sample(PROMPTS, z_init=z_init, strength=s, **request) for s in (0, 0.5, 1)}
+    assert all(torch.equal(x, reconstruction) for x in runs[0])
+    assert torch.equal(runs[1], m.sample(PROMPTS, **request))
+    assert not any(torch.equal(runs[0.5], runs[s]) for s in (0, 1))
+    alone = m.sample(PROMPTS[1], z_init=z_init, strength=0.5, **(request | {"seed": 6}))
+    assert (alone[0].int() - runs[0.5][1].int()).abs().max() <= 1
+
+
+def test_image_to_image_takes_the_share_of_the_steps():
+    m, calls = tiny_msdm(), []
+    m.unet.register_forward_pre_hook(lambda module, args: calls.append(args[1].unique().item()))
+    m.sample(PROMPTS, steps=6, z_init=m.encode_image(image()), strength=0.5)
+    assert calls == diffusion.timesteps(1000, 6).tolist()[3:]
+
+
 def test_a_checkpoint_gives_back_the_model(tmp_path):
     m = tiny_msdm()
     save_safetensors(tmp_path / "m.safetensors", m.tensors(), m.metadata())

@@ -7,9 +7,10 @@ import json
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, fixture, tiny_msdm, torchrun, two_ranks
+from helpers import ROOT, fixture, image, tiny_msdm, torchrun, two_ranks
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -193,6 +194,76 @@ def test_width_and_height(monkeypatch, tmp_path, model, flags, size):
     assert (config["width"], config["height"]) == size
     with pytest.raises(BadInput, match="images made with width="):
         sampler.main([*kandinsky_flags(model), "--out", str(tmp_path / "o"), "--width", "192"])
+
+
+# --init-image
+
+
+@pytest.fixture
+def pictures(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i in range(2):
+        image(i, 64, 64).save(tmp_path / f"{i}.png")
+    (tmp_path / "text.png").write_text("no image")
+    return [tmp_path / "0.png", tmp_path / "1.png"]
+
+
+def flags_of(model, checkpoint):
+    if model == "msdm":
+        return ["--ckpt", str(checkpoint), "--prompt", PROMPT, "--steps", "2"]
+    return kandinsky_flags(model)
+
+
+@pytest.mark.parametrize("model", ["msdm", *MODELS])
+def test_strength_zero_is_the_reconstruction_and_one_the_plain_sample(checkpoint, pictures, tmp_path, model):
+    flags = [*flags_of(model, checkpoint), "-n", "2", "--out"]
+    sampler.main([*flags, str(tmp_path / "plain")])
+    for strength in ("0", "0.5", "1"):
+        sampler.main([*flags, str(tmp_path / strength), "--init-image", str(pictures[0]), "--strength",
+                      strength])
+    found = {name: list(hashes_of(tmp_path / name).values()) for name in ("plain", "0", "0.5", "1")}
+    assert found["1"] == found["plain"]  # the whole files
+    with Image.open(tmp_path / "0/images/000000.png") as a, Image.open(tmp_path / "0/images/000001.png") as b:
+        assert a.tobytes() == b.tobytes() and a.text["init_image"] == file_hash(pictures[0])
+    assert len({*found["plain"], *found["0.5"], *found["0"]}) == 6
+    args = sampler.parse([*flags, "x", "--device", "cpu"])
+    loaded = sampler.find_model(args)[0]()
+    size = {} if model == "msdm" else {"height": 64, "width": 64}
+    with torch.no_grad(), Image.open(tmp_path / "0/images/000000.png") as img:
+        z = loaded.encode_image(data.open_image(pictures[0]), **size)
+        decode = loaded.vae.decode if model == "msdm" else loaded.movq.decode
+        own = data.to_uint8(decode(z))[0].permute(1, 2, 0).numpy()
+        assert (own == np.asarray(img)).all()
+
+
+def test_another_image_or_strength_on_a_folder_is_refused(checkpoint, pictures, tmp_path):
+    flags = [*flags_of("msdm", checkpoint), "--steps", "4", "--out", str(tmp_path / "o")]
+    one, other = (["--init-image", str(p)] for p in pictures)
+    sampler.main([*flags, *one])
+    sampler.main([*flags, *one, "--strength", "0.3"])  # the default
+    config = json.loads((tmp_path / "o/config.json").read_text())
+    assert config["strength"] == 0.3 and config["init_image"] == file_hash(pictures[0])
+    for more, said in ((other, "made with init_image="), ([], "made with strength=0.3, now strength=None"),
+                       ([*one, "--strength", "0.4"], "made with strength=0.3, now strength=0.4")):
+        with pytest.raises(BadInput, match=said):
+            sampler.main([*flags, *more])
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--strength", "0.5"], "--strength 0.5: expected --init-image"),
+    (["--init-image", "{}/0.png", "--strength", "1.1"], "--strength 1.1: expected .* from 0 up to 1"),
+    (["--init-image", "{}/0.png", "--strength", "nan"], "--strength nan: expected"),
+    (["--init-image", "{}/0.png", "--strength", "0.4"], "--strength 0.4: less than one of 2 steps; .* 0.5"),
+    (["--init-image", "{}/absent.png"], "absent.png: no such image"),
+    (["--init-image", "{}/text.png"], "text.png: the file is no JPEG or PNG")])
+def test_an_init_image_that_cannot_be_used_is_one_line(checkpoint, pictures, tmp_path, flags, said):
+    with pytest.raises(BadInput, match=said):
+        sampler.main([*flags_of("msdm", checkpoint), "--out", str(tmp_path / "o"),
+                      *(f.format(tmp_path) for f in flags)])
+    assert not (tmp_path / "o").exists()
+
+
+# Width and height
 
 
 def test_width_and_height_are_not_for_msdm(checkpoint, tmp_path):
