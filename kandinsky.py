@@ -27,7 +27,9 @@ from diffusion import SOLVERS, denoiser, from_image, guided, sample_in_batches, 
 from encoders import (
     check_vocabulary,
     clip_black,
+    clip_images,
     clip_length,
+    clip_preprocessor,
     clip_texts,
     load_transformer,
     warn_of_cut,
@@ -286,10 +288,11 @@ class Kandinsky22:
     offloaded = None  # the device of offload
 
     def __init__(self, prior, prior_schedule, text_encoder, tokenizer, image_encoder, decoder,
-                 decoder_schedule, movq):
+                 decoder_schedule, movq, image_processor=None):
         self.prior, self.prior_schedule = prior, prior_schedule
         self.text_encoder, self.tokenizer, self.image_encoder = text_encoder, tokenizer, image_encoder
         self.decoder, self.decoder_schedule, self.movq = decoder, decoder_schedule, movq
+        self.image_processor = image_processor  # a folder
 
     @classmethod
     def from_pretrained(cls, prior, decoder=None, prior_lora=None, decoder_lora=None, dtype=torch.float32):
@@ -320,7 +323,8 @@ class Kandinsky22:
         tokens = networks[0].positions.shape[1] - 4  # beside embedding, time, x and query
         check_match(part["text_encoder"], "number of tokens", tokens, clip_length(text_encoder))
         return cls(networks[0], read_schedule(part["scheduler"]), text_encoder, tokenizer, image_encoder,
-                   networks[1], read_schedule(decoder / "scheduler"), load_movq(decoder / "movq"))
+                   networks[1], read_schedule(decoder / "scheduler"), load_movq(decoder / "movq"),
+                   prior_part(prior, "image_processor"))
 
     @staticmethod
     def size_multiple(decoder):
@@ -385,6 +389,13 @@ class Kandinsky22:
         with on_device(self.image_encoder, self.device):
             return clip_black(self.image_encoder)
 
+    @torch.inference_mode()
+    def embed_image(self, img):
+        """CLIP's embedding (1, d) of an RGB image, which can stand for the prior's embedding of a prompt."""
+        pixels = clip_preprocessor(self.image_processor)(img)
+        with on_device(self.image_encoder, self.device):
+            return clip_images(self.image_encoder, pixels[None])
+
     def encode_image(self, img, height=512, width=512):
         """The z_init of an RGB image, for samples of this size; see the function encode_image."""
         return encode_image(self.movq, img, height, width, self.device)
@@ -425,17 +436,25 @@ class Kandinsky22:
 
     @one_image_at_a_time_on_cpu
     def sample_batch(self, prompts, seeds, steps=50, solver="ddpm", guidance=4.0, negative_prompt="",
-                     height=512, width=512, prior_steps=25, prior_guidance=None, z_init=None, strength=1.0):
+                     height=512, width=512, prior_steps=25, prior_guidance=None, z_init=None, strength=1.0,
+                     image_embed=None, image_weight=1.0):
         """uint8 (b, 3, h, w) of b prompts and b seeds. steps are the decoder's.
 
         guidance is the decoder's and, where prior_guidance is None, the prior's. Image to image: the decoder
         begins at z_init, of encode_image. strength 0 gives its reconstruction by MoVQ, 1 the plain sample, in
         which z_init plays no part; there the published pipeline noises the image too.
+        Variation: image_embed, of embed_image, takes the place of the share image_weight of the prior's
+        embedding, as in the published interpolation. The prior is asked at any weight, so that the decoder's
+        noise is always the same.
         """
         draw = seeded_noise(seeds)
         prior_guidance = guidance if prior_guidance is None else prior_guidance
-        embeds = self._embed(prompts, prior_steps, prior_guidance, draw, negative_prompt or None, solver)
-        return to_uint8(self._decode(*embeds, steps, guidance, height, width, draw, solver, z_init, strength))
+        negative = negative_prompt or None
+        embeds, null = self._embed(prompts, prior_steps, prior_guidance, draw, negative, solver)
+        if image_embed is not None:
+            embeds = (1 - image_weight) * embeds + image_weight * image_embed
+        settings = steps, guidance, height, width, draw, solver, z_init, strength
+        return to_uint8(self._decode(embeds, null, *settings))
 
 
 # The pipeline of 3.0

@@ -259,6 +259,12 @@ def test_image_to_image_matches_the_reference(k22, k3):
     close(img, r["3.from_image.image"], max(1e-3, min(0.1, effect_of_rounding(k3.unet, generate, img))))
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_an_embedding_of_a_prompt_and_an_image_matches_the_references_interpolation(k22):
+    embeds, _ = k22.embed(request_of("2-2")[:1], 6, 4.0, generator(11))
+    close(0.4 * embeds + 0.6 * k22.embed_image(picture()), recorded(CARDS)["22.mixed.image_embeds"], 1e-3)
+
+
 # What sampling promises
 
 PROMPTS = ["Generate an image with 1 polyp.", "Generate an image from a colonoscopy procedure.",
@@ -297,6 +303,17 @@ def test_image_to_image_runs_from_the_reconstruction_to_the_plain_sample(version
     assert not any(torch.equal(runs[0.5], runs[s]) for s in (0, 1))
     alone = pipeline.sample(PROMPTS[1], z_init=z_init, strength=0.5, **(settings | {"seed": 6}))
     assert torch.equal(alone[0], runs[0.5][1])
+
+
+def test_an_images_embedding_takes_the_place_of_the_priors(k22):
+    settings = {"seed": 5, "steps": 2, "height": 64, "width": 64}
+    plain, z = k22.sample(PROMPTS, **settings), k22.embed_image(picture())
+    mixed = {w: k22.sample(PROMPTS, image_embed=z, image_weight=w, **settings) for w in (0, 0.5, 1)}
+    assert torch.equal(mixed[0], plain)
+    assert not any(torch.equal(mixed[a], mixed[b]) for a, b in ((0, 0.5), (0.5, 1), (0, 1)))
+    other = k22.sample(PROMPTS[::-1], image_embed=z, image_weight=1, **settings)
+    assert torch.equal(other, mixed[1])  # the prompt has no share
+    assert not torch.equal(mixed[1][0], mixed[1][1])  # the seed has
 
 
 # Memory

@@ -263,6 +263,46 @@ def test_an_init_image_that_cannot_be_used_is_one_line(checkpoint, pictures, tmp
     assert not (tmp_path / "o").exists()
 
 
+# --image-prompt
+
+
+def test_variations_of_an_image(pictures, tmp_path):
+    def made(name, *flags):
+        sampler.main(kandinsky_flags("2.2", "-n", 2, "--out", tmp_path / name, *flags))
+        return set(hashes_of(tmp_path / name).values())
+
+    one, other = (["--image-prompt", p] for p in pictures)
+    plain, variations = made("plain"), made("one", *one)
+    assert made("zero", *one, "--image-weight", 0) == plain  # the whole files
+    found = [plain, variations, made("other", *other), made("half", *one, "--image-weight", 0.5),
+             made("both", *one, "--init-image", pictures[1], "--strength", 0.5),
+             made("negative", *one, "--negative-prompt", "text", "--prior-steps", 3)]
+    assert len(set.union(*found)) == 12
+    with Image.open(tmp_path / "one/images/000001.png") as img:
+        assert img.text["image_prompt"] == file_hash(pictures[0]) and "init_image" not in img.text
+    for flags, said in ((other, "made with image_prompt="), ([], "made with image_weight=1.0, now"),
+                        ([*one, "--image-weight", 0.5], "made with image_weight=1.0, now image_weight=0.5")):
+        with pytest.raises(BadInput, match=said):
+            made("one", *flags)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--image-weight", "0.5"], "--image-weight 0.5: expected --image-prompt"),
+    (["--image-prompt", "{}/0.png", "--image-weight", "-1"], "--image-weight -1.0: .* from 0 up to 1"),
+    (["--image-prompt", "{}/0.png", "--prior-steps", "3"], "--prior-steps plays no part where"),
+    (["--image-prompt", "{}/text.png"], "text.png: the file is no JPEG or PNG")])
+def test_an_image_prompt_that_cannot_be_used_is_one_line(pictures, rows, tmp_path, flags, said):
+    with pytest.raises(BadInput, match=said):
+        sampler.main(kandinsky_flags("2.2", "--out", tmp_path / "o", *(f.format(tmp_path) for f in flags)))
+    assert not any(rows.values()) and not (tmp_path / "o").exists()
+
+
+def test_an_image_prompt_is_for_kandinsky_2_2(checkpoint, pictures, tmp_path):
+    for ckpt, kind in ((checkpoint, "an MSDM checkpoint"), (fixture("kandinsky-3"), "Kandinsky 3")):
+        with pytest.raises(BadInput, match=f"--image-prompt is not for {kind}"):
+            sample(tmp_path / "o", "--ckpt", ckpt, "--image-prompt", pictures[0])
+
+
 # Width and height
 
 
