@@ -175,6 +175,18 @@ def load_meta(path):
     return meta
 
 
+def checkpoint_in(folder):
+    """The checkpoint that a folder holds, as a repository of the hub does; None if it holds none.
+
+    BadInput for several.
+    """
+    files = [f for f in sorted(Path(folder).glob("*.safetensors")) if load_metadata(f).get("kind") == "msdm"]
+    if len(files) > 1:
+        raise BadInput(f"{folder}: holds {len(files)} checkpoints of msdm.py; give the file of one of them: "
+                       f"{', '.join(f.name for f in files)}")
+    return files[0] if files else None
+
+
 def configs(meta):
     """(UNetConfig, VAEConfig, TextConfig or None, Diffusion) of a checkpoint's metadata; they fit."""
     unet, vae = UNetConfig(**meta["unet"]), VAEConfig(**meta["vae"])

@@ -66,8 +66,8 @@ def image_hash(path):
 def find_model(args):
     """(load, hashes) of --ckpt: load() returns the model with its adapters; hashes are of all files it reads.
 
-    A file is a checkpoint of msdm.py; a folder, or a name on the hub, is Kandinsky's. BadInput for flags and
-    folders that do not fit, before a weight is loaded.
+    A file is a checkpoint of msdm.py; a folder, or a name on the hub, holds one or is Kandinsky's. BadInput
+    for flags and folders that do not fit, before a weight is loaded.
     """
     def refuse(kind, *flags):
         for flag in flags:
@@ -81,19 +81,11 @@ def find_model(args):
     for k in IMAGES:
         hashes[k] = image_hash(getattr(args, k)) if getattr(args, k) else None
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
-        msdm.load_meta(args.ckpt)
-        refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "prior_steps", "prior_guidance",
-               "image_prompt", "size", "width", "height", "text_device", "offload")
-
-        def load():
-            model = msdm.load(args.ckpt, device, args.text_encoder)
-            if args.lora:
-                lora.load(model.unet, args.lora)
-            return model
-
-        return load, hashes | {"checkpoint": file_hash(args.ckpt)}
+        return find_msdm(args, args.ckpt, device, hashes, refuse)
     dtype = getattr(torch, args.dtype)
     folder = fetch(args.ckpt, dtype)
+    if (file := msdm.checkpoint_in(folder)) is not None:
+        return find_msdm(args, file, device, hashes, refuse)
     refuse("a folder of Kandinsky", "text_encoder")
     kind = kind_of(folder)
     if kind == "3":
@@ -116,14 +108,29 @@ def find_model(args):
         if args.image_prompt:
             clip_preprocessor(prior_part(folder, "image_processor"))  # before a weight is loaded
     for side in ("size", "width", "height"):
-        kandinsky.check_size(f"--{side}", getattr(args, side), cls.size_multiple(decoder))
+        kandinsky.check_size(dashed(side), getattr(args, side), cls.size_multiple(decoder))
     hashes["checkpoint"] = folder_hash(folder)
 
-    def load_kandinsky():
+    def load():
         pipeline = cls.from_pretrained(folder, *more)
         return pipeline.offload(device) if args.offload else pipeline.to(device)
 
-    return load_kandinsky, hashes
+    return load, hashes
+
+
+def find_msdm(args, file, device, hashes, refuse):
+    """(load, hashes) of a checkpoint of msdm.py."""
+    msdm.load_meta(file)
+    refuse("an MSDM checkpoint", "decoder", "prior_lora", "decoder_lora", "prior_steps", "prior_guidance",
+           "image_prompt", "size", "width", "height", "text_device", "offload")
+
+    def load():
+        model = msdm.load(file, device, args.text_encoder)
+        if args.lora:
+            lora.load(model.unet, args.lora)
+        return model
+
+    return load, hashes | {"checkpoint": file_hash(file)}
 
 
 # The images
@@ -231,7 +238,7 @@ def parse(argv):
     flag = parser.add_argument
     flag("--ckpt", required=True,
          help="checkpoint of msdm.py, published folder of Kandinsky 3, of 2.2's prior, or of 2.2's prior and "
-         "decoder combined")
+         "decoder combined; or the name on the hub of one of these")
     flag("--decoder", help="folder of the decoder (Kandinsky 2.2)")
     flag("--lora", help="adapter folder (MSDM, Kandinsky 3)")
     flag("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")

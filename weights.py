@@ -264,7 +264,7 @@ def kind_of(folder):
                        "which may run code and are not read; expected a folder as published for diffusers, "
                        "by kandinsky-community on the hub")
     raise BadInput(f"{folder}: no published model: expected the sub-folders prior (Kandinsky 2.2) or unet "
-                   "(its decoder, or Kandinsky 3)")
+                   "(its decoder, or Kandinsky 3), or for sampler.py a checkpoint of msdm.py")
 
 
 def check_kind(folder, *kinds):

@@ -461,6 +461,66 @@ def test_a_process_that_fails_leaves_no_other_waiting(checkpoint, tmp_path):
     assert len(hashes_of(tmp_path / "o")) == 2 and not (tmp_path / "o/grid.png").exists()
 
 
+# Names on the hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A folder that stands for the hub: someone/NAME is downloaded from its folder NAME, as snapshots are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def names(name):
+        return [str(f.relative_to(tmp_path / name)) for f in (tmp_path / name).rglob("*") if f.is_file()]
+
+    def download(name, allow_patterns):
+        name = name.split("/")[1]
+        blobs, snapshot = (tmp_path / f"hub/models--someone--{name}" / x for x in ("blobs", "snapshots/0"))
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for i, file in enumerate(n for n in names(name) if n in allow_patterns):
+            shutil.copy(tmp_path / name / file, blobs / str(i))
+            (snapshot / file).symlink_to(blobs / str(i))
+        return snapshot
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: names(name.split("/")[1]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return tmp_path
+
+
+def test_an_msdm_checkpoint_by_its_name_on_the_hub(checkpoint, hub):
+    (hub / "tiny").mkdir()
+    shutil.copy(checkpoint, hub / "tiny/polyps.safetensors")
+    save_safetensors(hub / "tiny/vae.safetensors", {"x": torch.zeros(1)}, {"kind": "vae"})
+    (hub / "tiny/README.md").write_text("card")
+    for ckpt, out in ((checkpoint, "file"), ("someone/tiny", "name"), (hub / "tiny", "folder")):
+        sampler.main([str(x) for x in ("--ckpt", ckpt, "--prompt", PROMPT, "--steps", 2, "--out", hub / out)])
+    assert hashes_of(hub / "name") == hashes_of(hub / "folder") == hashes_of(hub / "file")
+    configs = [json.loads((hub / name / "config.json").read_text()) for name in ("file", "name")]
+    assert configs[0] == configs[1]
+    with pytest.raises(BadInput, match="--size is not for an MSDM checkpoint, which --ckpt someone/tiny is"):
+        sample(hub / "o", "--ckpt", "someone/tiny", "--size", 64)
+
+
+@pytest.mark.parametrize(("files", "said"), [
+    ([], "someone--x/.*: no published model: expected .*, or for sampler.py a checkpoint of msdm.py"),
+    (["vae"], "someone--x/.*: no published model"),
+    (["best", "last"], "holds 2 checkpoints of msdm.py; .*: best.safetensors, last.safetensors"),
+    (["broken"], "broken.safetensors: not a whole safetensors file")])
+def test_a_repository_without_one_model_is_refused_in_one_line(checkpoint, hub, files, said):
+    (hub / "x").mkdir()
+    (hub / "x/README.md").write_text("card")
+    for name in files:
+        shutil.copy(checkpoint, hub / f"x/{name}.safetensors")
+    if files == ["vae"]:
+        save_safetensors(hub / "x/vae.safetensors", {"x": torch.zeros(1)}, {"kind": "vae"})
+    if files == ["broken"]:
+        (hub / "x/broken.safetensors").write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(BadInput, match=said):
+        sample(hub / "o", "--ckpt", "someone/x")
+    assert not (hub / "o").exists()
+
+
 # --offload
 
 
