@@ -52,18 +52,41 @@ def replacing(path):
         tmp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making(folder):
+    """`with making(folder) as tmp:` fills tmp, then renames it to folder; BadInput if there is one already.
+
+    On an error nothing is left; what a kill left is removed by the next one that makes the folder.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise BadInput(f"{folder}: exists already; name another folder, or remove this one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = _beside(folder.with_name(f"{folder.name}.tmp"))
+    remove_unfinished(folder.parent, glob.escape(f"{folder.name}.tmp"))
+    tmp.mkdir()
+    try:
+        yield tmp
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
 def _beside(path):
     # The random part: processes of two containers that share a folder may have the same number.
     return path.with_name(f".{path.stem}.{os.getpid()}{secrets.randbelow(10**6):06d}{path.suffix}")
 
 
 def remove_unfinished(folder, *patterns):
-    """Remove what killed processes left unfinished (replacing) of files whose names match the patterns."""
+    """Remove what killed processes left unfinished (replacing, making) whose names match the patterns."""
     for path in Path(folder).glob(".*"):
         left = re.fullmatch(r"\.(.+)\.(\d+)\d{6}(\.\w+)", path.name)
         ours = left and any(fnmatch(left[1] + left[3], pattern) for pattern in patterns)
         if ours and not _is_running(int(left[2])):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_running(pid):
@@ -148,14 +171,17 @@ def create_json(path, value):
     return True
 
 
-def save_safetensors(path, tensors: dict, metadata: dict | None = None):
-    """Tensors and JSON-able metadata into one safetensors file, atomically."""
+def save_safetensors(path, tensors: dict, metadata: dict | None = None, header: dict | None = None):
+    """Tensors and JSON-able metadata into one safetensors file, atomically.
+
+    header: instead of metadata the strings that another library reads.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as tmp:
         tmp.touch()
         mode = tmp.stat().st_mode  # as the umask says; safetensors' own files are for their owner alone
         try:
-            save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else None)
+            save_file(tensors, tmp, {"json": json.dumps(metadata)} if metadata else header)
         except SafetensorError as error:  # a full disk, a folder that may not be written
             raise OSError(errno.EIO, str(error), str(path)) from None
         tmp.chmod(mode)

@@ -479,7 +479,7 @@ class Kandinsky3:
 
     @classmethod
     def from_pretrained(cls, folder, lora=None, dtype=torch.float32, text_device=None):
-        """A published folder or hub name; lora: a PEFT folder. MoVQ stays float32, T5 is never float16."""
+        """A published folder or hub name; lora: an adapter. MoVQ stays float32, T5 is never float16."""
         from transformers import T5Tokenizer
 
         folder = fetch(folder, dtype)

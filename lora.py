@@ -1,4 +1,4 @@
-"""Low-rank adapters on any nn.Linear: LoRA, rsLoRA and DoRA, in folders that PEFT reads and writes too.
+"""Low-rank adapters on any nn.Linear: LoRA, rsLoRA and DoRA, saved as PEFT does (adapters.py has the files).
 
 LoRA    arXiv:2106.09685  Sec. 4.1, Eq. 3   y = W x + (alpha / r) B A x with W frozen
 rsLoRA  arXiv:2312.03732  Theorem 3.2       alpha / sqrt(r) instead: the size of the update, and so the best
@@ -18,57 +18,26 @@ from command import BadInput
 import argparse
 import functools
 import math
-import re
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import load_safetensors, read_json, save_safetensors, write_json
-from weights import FLOATS, check_finite, listed, rename
-
-
-@dataclass
-class LoRAConfig:
-    """Which layers are adapted, and how; BadInput for values that cannot be used."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names, or a regex
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    init: str = "gaussian"  # of A: "gaussian", standard deviation 1/r; or "kaiming", uniform as nn.Linear
-    rank_pattern: dict = field(default_factory=dict)  # regex of a name's end -> its own rank
-    alpha_pattern: dict = field(default_factory=dict)  # likewise its own alpha
-
-    def __post_init__(self):
-        if isinstance(self.targets, list | set):
-            self.targets = tuple(self.targets)
-        names = self.targets if isinstance(self.targets, tuple) else (self.targets,)
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise BadInput(f"LoRA targets: expected names of layers, got {self.targets!r:.100}")
-        for what, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
-            if not isinstance(pattern, dict):
-                raise BadInput(f"LoRA {what}_pattern: expected a {what} for each name, got {pattern!r:.100}")
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1 << 16:
-                raise BadInput(f"LoRA rank: expected a whole number from 1, got {rank!r:.100}")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not _is_number(alpha):
-                raise BadInput(f"LoRA alpha: expected a finite number, got {alpha!r:.100}")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise BadInput(f"LoRA dropout: expected a number from 0, below 1, got {self.dropout!r:.100}")
-        _check_patterns(self)
-        if self.init not in ("gaussian", "kaiming"):
-            raise BadInput(f"LoRA init: expected gaussian or kaiming, got {self.init!r}")
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+from adapters import (
+    ALL_LINEAR,
+    MAGNITUDE,
+    PEFT,
+    A,
+    Adapter,
+    B,
+    LoRAConfig,
+    check,
+    read,
+    write_peft,
+)
+from weights import listed, rename
 
 
 class LoRALinear(nn.Module):
@@ -134,32 +103,43 @@ def inject(model, config: LoRAConfig):
     if layers(model):
         raise BadInput(f"{type(model).__name__} carries an adapter already: remove it first")
     names = _targets(model, config)
+    if not names:
+        raise BadInput(f"LoRA targets match no layer of {type(model).__name__}: {config.targets!s:.200}")
     _wrap(model, names, config)
     return names
 
 
+def linear_sizes(model):
+    """{published name: (in, out)} of the linear layers of a model without adapter."""
+    return {_published(model, name): (m.in_features, m.out_features) for name, m in model.named_modules()
+            if name and isinstance(m, nn.Linear)}
+
+
 def _targets(model, config):
+    """The names of the layers that a config adapts; BadInput for one that is not linear."""
     names, others = [], []
     for name, module in model.named_modules():
-        if name and _is_target(_published(model, name), config.targets):
-            (names if isinstance(module, nn.Linear) else others).append(name)
-    if others:
+        published = _published(model, name)
+        if name and config.is_target(published):
+            if isinstance(module, nn.Linear):
+                names.append(name)
+            else:
+                others.append(published)
+    if others and config.targets != ALL_LINEAR:
         raise BadInput(f"LoRA targets that are not linear layers: {listed(others, 5)}")
-    if not names:
-        raise BadInput(f"LoRA targets match no layer of {type(model).__name__}: {config.targets!s:.200}")
     return names
 
 
 def _wrap(model, names, config):
     if config.dora:
         _check_rows(model, names)
+    if config.targets == ALL_LINEAR:  # in a file, which may be read into another network, the layers' names
+        config = replace(config, targets=tuple(_published(model, name) for name in names))
     model.requires_grad_(False)
     for name in names:
         published = _published(model, name)
-        rank = _by_pattern(config.rank_pattern, published, config.rank)
-        alpha = _by_pattern(config.alpha_pattern, published, config.alpha)
-        layer = LoRALinear(model.get_submodule(name), rank, alpha, config.dropout, config.rslora, config.dora,
-                           config.init)
+        layer = LoRALinear(model.get_submodule(name), config.rank_of(published), config.alpha_of(published),
+                           config.dropout, config.rslora, config.dora, config.init)
         model.set_submodule(name, layer.train(model.training))
     model.lora_config = config
 
@@ -237,7 +217,8 @@ def add_flags(parser, rank):
          help="alpha / sqrt(rank) instead; without --alpha a factor of sqrt(rank), 11.3 at rank 128 (no)")
     flag("--dora", action=argparse.BooleanOptionalAction, help="learn a norm per output too (no)")
     flag("--lora-dropout", type=float, help=f"dropout before A ({FLAGS['lora_dropout']})")
-    flag("--targets", nargs="+", help=f"ends of the layers' names ({' '.join(FLAGS['targets'])})")
+    flag("--targets", nargs="+", help="ends of the layers' published names; all-linear: every linear layer "
+                                      f"({' '.join(FLAGS['targets'])})")
 
 
 def set_flags(args, config, source):
@@ -257,172 +238,71 @@ def config_of(args):
     return LoRAConfig(args.rank, alpha, args.targets, args.lora_dropout, args.rslora, args.dora)
 
 
-# Adapter folders
+# Adapters in files
 
 
 def tensors(model):
     """The adapter's tensors under PEFT's names, base_model.model.NAME.lora_A.weight and so on."""
-    out = {}
+    return _adapter(model).tensors(PEFT) if layers(model) else {}
+
+
+def _adapter(model):
+    own = {}
     for name, layer in layers(model).items():
-        prefix = f"base_model.model.{_published(model, name)}"
-        out[f"{prefix}.lora_A.weight"], out[f"{prefix}.lora_B.weight"] = layer.lora_A, layer.lora_B
-        if layer.magnitude is not None:
-            out[f"{prefix}.lora_magnitude_vector"] = layer.magnitude
-    return out
+        parts = {A: layer.lora_A, B: layer.lora_B, MAGNITUDE: layer.magnitude}
+        own[_published(model, name)] = {k: v for k, v in parts.items() if v is not None}
+    return Adapter(type(model).__name__, model.lora_config, own, getattr(model, "base", None))
 
 
 def save(model, folder):
     """Write adapter_config.json and adapter_model.safetensors, with the published names of the layers.
 
-    Where model.base is known (weights.base_of), its hash goes into the metadata of the tensors: versions of
+    Where model.base is known (weights.base_of), its hash goes into the header of the tensors: versions of
     PEFT refuse a config with a field of another project.
     """
     if not layers(model):
         raise BadInput(f"{type(model).__name__} carries no adapter to save")
-    base = getattr(model, "base", None)
-    save_safetensors(Path(folder) / "adapter_model.safetensors", tensors(model), base and {"base": base})
-    fields = _peft_fields(model.lora_config) | {"base_model_name_or_path": base and base["name"]}
-    write_json(Path(folder) / "adapter_config.json", fields)
+    write_peft(_adapter(model), folder)
 
 
-def load(model, folder):
+def load(model, source):
     """Add a saved adapter to its base model: trainable, the base frozen. On an error nothing is changed.
 
-    An adapter that was trained on another base than this model is loaded all the same, and a line says so.
+    source: a folder, a file or a name on the hub, in any format of adapters.py. An adapter that was trained
+    on another base than this model is loaded all the same, and a line says so.
     """
     if layers(model):
         raise BadInput(f"{type(model).__name__} carries an adapter already: remove it first")
-    folder = Path(folder)
-    config = _read_config(folder / "adapter_config.json")
-    file = folder / "adapter_model.safetensors"
-    found, metadata = load_safetensors(file)
-    names = _targets(model, config)
-    expected = {}  # published name of a tensor -> its shape
-    for name in names:
-        published, base = _published(model, name), model.get_submodule(name)
-        rank = _by_pattern(config.rank_pattern, published, config.rank)
-        prefix = f"base_model.model.{published}"
-        expected[f"{prefix}.lora_A.weight"] = (rank, base.in_features)
-        expected[f"{prefix}.lora_B.weight"] = (base.out_features, rank)
-        if config.dora:
-            expected[f"{prefix}.lora_magnitude_vector"] = (base.out_features,)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [f"{k} expected {s}, got {tuple(found[k].shape)}" for k, s in expected.items()
-              if k in found and tuple(found[k].shape) != s]
-    dtypes = [f"{k} expected floats, got {v.dtype}" for k, v in found.items() if v.dtype not in FLOATS]
-    if missing or extra or shapes or dtypes:
-        problems = {"not in the file": missing, "no such layer": extra, "other shapes": shapes,
-                    "other dtypes": dtypes}
-        parts = [f"{problem}: {listed(which, 3)}" for problem, which in problems.items() if which]
-        raise BadInput(f"{folder}: not an adapter of this {type(model).__name__}: " + "; ".join(parts))
-    found = {k: v.float() for k, v in found.items()}
-    check_finite(file, found)
-    theirs, ours = metadata.get("base"), getattr(model, "base", None)
-    if isinstance(theirs, dict) and ours and theirs.get("hash") != ours["hash"]:
-        print(f"warning: {folder}: trained on other weights ({theirs.get('name')!r:.100}) than these "
+    sizes = linear_sizes(model)
+    adapter = read(source, sizes)
+    names = _targets(model, adapter.config)
+    check(adapter, sizes, f"this {type(model).__name__}")
+    theirs, ours = adapter.base, getattr(model, "base", None)
+    if theirs and ours and theirs.get("hash") != ours["hash"]:
+        print(f"warning: {source}: trained on other weights ({theirs.get('name')!r:.100}) than these "
               f"({ours['name']!r:.100})", file=sys.stderr)
-    _wrap(model, names, config)
+    _wrap(model, names, adapter.config)
+    found = adapter.tensors(PEFT)
     with torch.no_grad():
         for name, parameter in tensors(model).items():
             parameter.copy_(found[name])
 
 
-# What only PEFT's files need: patterns, published names, adapter_config.json
+@torch.no_grad()
+def merged_weights(model, found):
+    """Those of the published tensors found whose layers are adapted, merged, each in its own dtype.
 
-
-def _check_patterns(config):
-    expressions = [config.targets] if isinstance(config.targets, str) else []
-    for pattern in (*expressions, *config.rank_pattern, *config.alpha_pattern):
-        try:
-            slow = len(pattern) > 10_000 or _ways(re.compile(pattern).pattern) > 300_000
-        except (re.error, RecursionError, OverflowError) as error:
-            raise BadInput(f"LoRA: {pattern!r:.100} is not a regular expression ({error})") from None
-        if slow:
-            raise BadInput(f"LoRA: {pattern!r:.100} may take for ever to match: expected at most three of "
-                           "* + {} in a regular expression, none of them after a group; or a list of names")
-
-
-TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]|\(\?|(?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL)
-
-
-def _ways(pattern):
-    """A bound of the ways to match a regular expression with a name, all of which Python may try.
-
-    It is the product of the alternatives and of the lengths of repeats, 32 for any; infinite if a group is
-    repeated, where repeats may be nested. The name of a layer is short, the file of an adapter anybody's.
+    Afterwards these are the base weights of the model's layers.
     """
-    ways, groups, last = 1, [1], ""  # groups: the number of alternatives of each open one
-    for token in TOKEN.finditer(pattern):
-        text, repeat = token[0], token["repeat"]
-        if text.isspace():  # (?x) ignores it
-            continue
-        if text == "#" or repeat not in (None, "?") and last == ")":  # in (?x), a comment, with any brackets
-            return math.inf
-        if repeat:
-            ways *= 2 if repeat == "?" else 32
-        elif text in ("(", "(?"):
-            groups.append(1)
-        elif text == ")":
-            ways *= groups.pop()
-        elif text == "|":
-            groups[-1] += 1
-        last = text
-    return ways * groups[0]
-
-
-def _is_target(name, targets):
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == t or name.endswith("." + t) for t in targets)
-
-
-def _by_pattern(patterns, name, default):
-    return next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), default)
+    out = {}
+    for name, layer in layers(model).items():
+        key = f"{_published(model, name)}.weight"
+        if key in found:
+            layer.base.weight = nn.Parameter(found[key], requires_grad=False)
+            out[key] = layer.merged()
+    return out
 
 
 def _published(model, name):
     """The published name of a layer; the network's own name where it has no table published_names."""
     return rename(name, getattr(model, "published_names", ()), back=True)
-
-
-def _peft_fields(config):
-    return {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": config.targets if isinstance(config.targets, str) else list(config.targets),
-        "use_rslora": config.rslora, "use_dora": config.dora, "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
-
-
-# A field that PEFT may add and that is not listed here is refused unless it is off (None, False or empty).
-MEANINGLESS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-               "peft_version", "megatron_core", "qalora_group_size", "layers_pattern")
-READ = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
-        "alpha_pattern"}
-SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",),
-             "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # those that keep the base
-
-
-def _read_config(path):
-    config = read_json(path)
-    wrong = [f"{k}={v!r:.100}" for k, v in config.items()
-             if k not in READ and k not in MEANINGLESS and v and v not in SUPPORTED.get(k, ())]
-    if wrong or config.get("peft_type") != "LORA":
-        wrong = wrong or [f"peft_type={config.get('peft_type')!r:.100}"]
-        raise BadInput(f"{path}: not supported: {listed(wrong, 20)}")
-    if missing := sorted({"r", "target_modules"} - config.keys()):
-        raise BadInput(f"{path}: expected the fields {', '.join(missing)}")
-    for key in ("use_rslora", "use_dora"):
-        if config.get(key) not in (True, False, None):
-            raise BadInput(f"{path}: {key}: expected true or false, got {config[key]!r:.100}")
-    try:
-        return LoRAConfig(
-            rank=config["r"], alpha=config.get("lora_alpha", 8), targets=config["target_modules"],
-            dropout=config.get("lora_dropout", 0.0), rslora=bool(config.get("use_rslora")),
-            dora=bool(config.get("use_dora")), rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming")
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import adapters
 import data
 import kandinsky
 import lora
@@ -77,7 +78,9 @@ def find_model(args):
     device = training.own_device(args.device)
     args.dtype = args.dtype or str(fast_dtype(device)).removeprefix("torch.")
     flags = ("lora", "prior_lora", "decoder_lora")
-    hashes = {k: getattr(args, k) and folder_hash(getattr(args, k)) for k in flags}
+    for flag in flags:
+        setattr(args, flag, getattr(args, flag) and adapters.located(getattr(args, flag)))
+    hashes = {k: getattr(args, k) and adapters.adapter_hash(getattr(args, k)) for k in flags}
     for k in IMAGES:
         hashes[k] = image_hash(getattr(args, k)) if getattr(args, k) else None
     if Path(args.ckpt).is_file() or args.ckpt.endswith(".safetensors"):
@@ -240,9 +243,10 @@ def parse(argv):
          help="checkpoint of msdm.py, published folder of Kandinsky 3, of 2.2's prior, or of 2.2's prior and "
          "decoder combined; or the name on the hub of one of these")
     flag("--decoder", help="folder of the decoder (Kandinsky 2.2)")
-    flag("--lora", help="adapter folder (MSDM, Kandinsky 3)")
-    flag("--prior-lora", help="adapter folder of the prior (Kandinsky 2.2)")
-    flag("--decoder-lora", help="adapter folder of the decoder (Kandinsky 2.2)")
+    flag("--lora", help="adapter (MSDM, Kandinsky 3): a folder of PEFT, a file of diffusers or kohya, or its "
+         "name on the hub")
+    flag("--prior-lora", help="likewise of the prior (Kandinsky 2.2)")
+    flag("--decoder-lora", help="likewise of the decoder (Kandinsky 2.2)")
     flag("--lora-scale", type=float, default=1.0, help="strength of the adapters; 0 is the base model")
     flag("--text-encoder", help="folder of the frozen text encoder that an MSDM checkpoint names, if it lies "
          "elsewhere now")

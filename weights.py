@@ -193,10 +193,11 @@ def check_divisible(source, key, values, by_key, by):
         raise BadInput(f"{source}: not supported: {key} holds {wrong[0]}, not a multiple of {by} ({by_key})")
 
 
-def fetch(name, dtype=None):
+def fetch(name, dtype=None, chosen=None):
     """A local folder, or the hub's cache of a repository: configs, tokenizers, safetensors.
 
     Of weights in two precisions only those for dtype are downloaded. Never code, never pickles.
+    chosen: function from the names of all files to those that are downloaded, instead of files_to_fetch.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -209,7 +210,8 @@ def fetch(name, dtype=None):
 
     try:
         try:
-            patterns = files_to_fetch(hub.list_repo_files(str(name)), dtype)
+            names = hub.list_repo_files(str(name))
+            patterns = chosen(names) if chosen else files_to_fetch(names, dtype)
         except Exception:  # offline, in whichever words: what is in the hub's cache
             patterns = ["*" + ending for ending in FETCHED]
         return Path(hub.snapshot_download(str(name), allow_patterns=patterns))
@@ -232,6 +234,15 @@ def files_to_fetch(names, dtype=None):
             weights.setdefault(folder, {}).setdefault(".fp16" in file, []).append(n)
     unread = {n for both in weights.values() if len(both) == 2 for n in both[dtype not in HALF]}
     return [n for n in names if n not in unread]
+
+
+def adapter_files(names):
+    """The files of a repository that an adapter is read from: at its top, in the first format it has."""
+    tops = [n for n in names if "/" not in n]
+    for files in (["adapter_config.json", "adapter_model.safetensors"], ["pytorch_lora_weights.safetensors"]):
+        if set(files) <= set(tops):
+            return files
+    return [n for n in tops if n.endswith(".safetensors")]
 
 
 # Which model a folder holds

@@ -661,7 +661,7 @@ def test_folders_are_fetched_in_the_precision_of_the_training(made, tmp_path, mo
     ("2.2", ["--ckpt", "{root}/data"], "data: no published model: expected the sub-folders prior"),
     ("2.2", ["--ckpt", "{root}/tiny3/unet"], "unet: a part of a published model; expected the folder that"),
     ("2.2", ["--lora", "{root}/prior/best"], "--lora is not for Kandinsky 2.2, which"),
-    ("2.2", ["--prior-lora", "{root}/absent"], "absent: expected a folder"),
+    ("2.2", ["--prior-lora", "{root}/absent"], "absent: no such folder"),
     ("3", ["--decoder", "{root}/tiny22/decoder"], "--decoder is not for Kandinsky 3"),
     ("3", ["--lora", "{root}/decoder/best"], "not an adapter of this UNet3"),
     ("3", ["--steps", "1001"], "--steps 1001: the checkpoint's schedule has 1000 times"),

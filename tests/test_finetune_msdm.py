@@ -92,7 +92,7 @@ def test_bad_input_to_an_adaptation_of_msdm(msdm_run, tmp_path, change, said):
 @pytest.mark.parametrize(("change", "said"), [
     (["--decoder", "{root}"], "--decoder is not for an MSDM checkpoint"),
     (["--size", "64"], "--size is not for an MSDM checkpoint"),
-    (["--lora", "{root}/data"], "adapter_config.json: no such file"),
+    (["--lora", "{root}/data"], "data: expected an adapter: adapter_config.json and"),
 ])
 def test_bad_input_to_sampling_with_an_adapter(msdm_run, tmp_path, change, said):
     with pytest.raises(BadInput, match=said):

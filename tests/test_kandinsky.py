@@ -32,7 +32,6 @@ from kandinsky_networks import (
     build_unet3,
     load_decoder,
     load_prior,
-    load_unet3,
 )
 from movq import MoVQ, build_movq, load_movq
 from weights import rename
@@ -492,24 +491,6 @@ def test_prompts_that_are_cut_are_said_in_one_line(version, request, capsys):
 def test_an_image_of_nan_is_refused():
     with pytest.raises(BadInput, match="not finite"):
         to_uint8(torch.tensor([0.5, torch.nan]))
-
-
-@pytest.mark.parametrize(("build", "load", "folder"), [
-    (build_prior, load_prior, "kandinsky-2-2-prior/prior"),
-    (build_decoder, load_decoder, "kandinsky-2-2-decoder/unet"),
-    (build_unet3, load_unet3, "kandinsky-3/unet")])
-@torch.no_grad()
-def test_adapters_on_every_linear_layer(build, load, folder):
-    """PEFT's "all-linear": the embedding of the time included."""
-    network = load(fixture(folder.split("/")[0]) / folder.split("/")[1])
-    linear = [rename(k, network.published_names, back=True) for k, m in network.named_modules()
-              if isinstance(m, torch.nn.Linear)]
-    lora.inject(network, lora.LoRAConfig(rank=2, alpha=2, targets=tuple(linear)))
-    t, states = torch.tensor([3]), torch.randn(1, 77, 32)
-    inputs = {build_prior: (torch.randn(1, 32), t, torch.randn(1, 32), states, torch.ones(1, 77)),
-              build_decoder: (torch.randn(1, 4, 8, 8), t, torch.randn(1, 32)),
-              build_unet3: (torch.randn(1, 4, 8, 8), t, states, torch.ones(1, 77))}
-    assert len(lora.layers(network)) == len(linear) and network(*inputs[build]).isfinite().all()
 
 
 def test_guidance_one_asks_the_network_once():

@@ -207,9 +207,9 @@ def test_works_on_the_meta_device():
     (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("to_x",))),
      r"match no layer of Net: \('to_x',\)"),
     (lambda net: lora.inject(net, lora.LoRAConfig(2, 2, targets=("attn1",))),
-     "not linear layers: blocks.0.attention"),
+     "not linear layers: down_blocks.0.attn1, down_blocks.1.attn1"),
     (lambda net: lora.save(net, "nowhere"), "carries no adapter"),
-    (lambda net: lora.load(net, "nowhere"), "nowhere/adapter_config.json: no such file"),
+    (lambda net: lora.load(net, "nowhere"), "nowhere: no such folder"),
 ])
 def test_bad_input_is_one_clear_line(net, make, message):
     with pytest.raises(BadInput, match=message) as error:
@@ -237,7 +237,9 @@ def test_a_regular_expression_of_the_usual_kind_is_read(pattern):
 @pytest.mark.parametrize(("change", "message"), [
     ({"bias": "all"}, "bias='all'"),
     ({"use_qalora": True}, "use_qalora=True"),
-    ({"exclude_modules": ["to_q"]}, "exclude_modules"),
+    ({"exclude_modules": ["to_q"]}, "no such layer: base_model.model.down_blocks.0.attn1.to_q.lora_A.weight"),
+    ({"layers_to_transform": [1]}, "no such layer: base_model.model.down_blocks.0.attn1.to_k.lora_A.weight"),
+    ({"layers_to_transform": [0], "layers_pattern": 3}, "layers_pattern: expected names, got 3"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ({"some_new_field": 3}, "some_new_field=3"),
     ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
