@@ -4,37 +4,44 @@ LoRA     arXiv:2106.09685            (lora.py)
 CFG      arXiv:2207.12598  Algorithm 1, conditions dropped at random
 min-SNR  arXiv:2303.09556  Sec. 3.4  loss weights
 
-One loop trains all four. Kandinsky's frozen encoders run once, before it; their output is kept in files.
+One loop trains all four. Kandinsky's frozen encoders run once, before it; their output is kept in files. Two
+more commands convert adapters between formats (adapters.py) and merge them into published folders.
 
     python finetune.py msdm --model runs/msdm/best.safetensors --data data/mine --out runs/adapter
     python finetune.py prior --model PRIOR_FOLDER --data data/mine --out runs/prior
     python finetune.py decoder --model DECODER_FOLDER --prior PRIOR_FOLDER --data data/mine --out runs/decoder
     python finetune.py unet3 --model KANDINSKY_3_FOLDER --data data/mine --out runs/unet3
+    python finetune.py convert runs/decoder/best decoder.safetensors --to diffusers
+    python finetune.py merge --model DECODER_FOLDER --lora runs/decoder/best --out runs/merged
 """
 
 from command import BadInput, run_command, training_dtype
 
 import argparse
 import math
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+import adapters
 import data
 import lora
 import msdm
 import training
 from diffusion import min_snr_weight, q_sample, target
 from encoded import EncoderCache, Sheets, decoder_data, load_autoencoder, prior_data, unet3_data
-from files import file_hash, folder_hash
+from files import file_hash, folder_hash, load_safetensors, making, read_json, save_safetensors
 from kandinsky import read_schedule
-from kandinsky_networks import load_decoder, load_prior, load_unet3
+from kandinsky_networks import find_network, load_decoder, load_prior, load_unet3
 from optim import Optimizers
 from runfolder import check_finite, read_run
-from weights import check_kind, fetch, prior_part
+from weights import check_kind, fetch, prior_part, read_checkpoint
 
 
 @dataclass
@@ -226,7 +233,7 @@ def inject(network, args):
 def start_run(args, world, fingerprint, **more):
     """The run folder args.out; more: settings beside the flags."""
     settings = training.settings_of(args) | {"alpha": lora.config_of(args).alpha} | more
-    settings["init_hash"] = args.init and folder_hash(args.init)
+    settings["init_hash"] = args.init and adapters.adapter_hash(adapters.located(args.init))
     return training.Run(args.out, settings, fingerprint, world, f"LoRA adapter ({args.network})",
                         args.from_run)
 
@@ -280,6 +287,53 @@ def train(args):
         print(f"{run.result()}: validation loss {run.best:.4f}")
 
 
+# Adapters: other formats, and merged into their model
+
+
+def convert(args):
+    """Write the adapter args.source to args.out in the format args.to."""
+    out, is_file = Path(args.out), args.to != "peft"
+    if is_file != (out.suffix == ".safetensors"):
+        raise BadInput(f"{out}: --to {args.to} writes a {'.safetensors file' if is_file else 'folder'}")
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists already; name another OUT, or remove this one")
+    sizes = None
+    if args.model:
+        network, build, _ = find_network(args.model)
+        with torch.device("meta"):
+            sizes = lora.linear_sizes(build(read_json(network / "config.json")))
+    adapter = adapters.read(args.source, sizes)
+    adapters.check(adapter, sizes or adapters.own_sizes(adapter), "this network" if sizes else "one network")
+    adapters.write(adapter, out, args.to)
+    print(f"{out}: an adapter of {len(adapter.layers)} layers")
+
+
+def merge(args):
+    """Write the published folder args.model to args.out, its network merged with the adapter args.lora."""
+    folder, out = fetch(args.model), Path(args.out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"--out {out}: lies in the folder of --model; name another one")
+    place, _, load = find_network(folder)
+    if place == folder:
+        raise BadInput(f"--model {folder}: expected the whole published folder, of which this is one network")
+    with making(out) as made:
+        _, stored = read_checkpoint(place)
+        network = load(place, max((x.dtype for x in stored.values()), key=lambda dtype: dtype.itemsize))
+        lora.load(network, args.lora)
+
+        def left_out(at, names):  # hidden files, and all weights of the network
+            kept = (".json", ".md", ".txt") if Path(at) == place else ("",)
+            return [n for n in names if n.startswith(".") or not n.endswith(kept)]
+
+        shutil.copytree(folder, made, ignore=left_out, dirs_exist_ok=True)
+        for file in tqdm(sorted(place.glob("*.safetensors")), "merging", disable=None):
+            found, _ = load_safetensors(file)
+            merged = lora.merged_weights(network, found)
+            check_finite(merged, f"{file} with {args.lora}")
+            save_safetensors(made / place.name / file.name, found | merged, header={"format": "pt"})
+    print(f"{out}: {folder} with {args.lora} merged into {len(lora.layers(network))} layers of {place.name}/")
+
+
 # The command
 
 COMMON = {"steps": 10_000, "lr": 1e-4, "warmup": 0, "cosine": False, "ema_decay": 0.999}
@@ -318,8 +372,26 @@ def add_kandinsky_flags(parser, flag, network):
     parser.add_argument("--sample-steps", type=int, default=25, help="solver steps of a sample sheet")
 
 
+def add_adapter_commands(commands):
+    text = """Write an adapter in another format. What that cannot say is refused, but for dropout and
+        initialisation, which play no part in the result: kohya's names lose them."""
+    p = commands.add_parser("convert", help="an adapter in another format", description=text)
+    p.add_argument("source", metavar="IN", help="the adapter: a folder of PEFT, a file of diffusers (before "
+                   "2024 too) or kohya, or a folder that holds one, or a name on the hub")
+    p.add_argument("out", metavar="OUT", help="a new folder for peft; a new .safetensors file for the others")
+    p.add_argument("--to", choices=("peft", "diffusers", "kohya"), default="peft", help="the format of OUT")
+    p.add_argument("--model", help="folder of the network, whose config.json is read: needed for an IN of "
+                   "kohya, whose names have underscores for dots")
+    text = "Write a published folder with an adapter merged into its network's weights, in their own dtype."
+    p = commands.add_parser("merge", help="an adapter merged into its model", description=text)
+    p.add_argument("--model", required=True, help="folder of the model, or its name on the hub")
+    p.add_argument("--lora", required=True, help="the adapter, in any format that convert reads")
+    p.add_argument("--out", required=True, help="the new folder")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Train a LoRA adapter of one network.")
+    parser = argparse.ArgumentParser(
+        description="Train a LoRA adapter of one network; convert one; merge one into its model.")
     networks, parsers = parser.add_subparsers(dest="network", required=True), {}
     for network, what, model in (
             ("msdm", "MSDM's U-Net", "checkpoint of msdm.py"),
@@ -341,6 +413,7 @@ def parse(argv):
         else:
             add_kandinsky_flags(p, flag, network)
         parsers[network] = p
+    add_adapter_commands(networks)
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in parsers:
         words = [words[0], *training.repeated(parsers[words[0]], words[1:])]
@@ -349,6 +422,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if args.network in ("convert", "merge"):
+        return (convert if args.network == "convert" else merge)(args)
     training.check_flags(args)
     if not args.init:
         training.fill_defaults(args, lora.FLAGS | {"rank": RANKS[args.network]})

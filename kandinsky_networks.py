@@ -13,12 +13,15 @@ is in movq.py.
 
 from command import BadInput
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from files import read_json
 from unet import (
     AdaGroupNorm,
     Attention,
@@ -545,3 +548,25 @@ def build_unet3(config: dict):
 def load_unet3(folder, dtype=torch.float32):
     """The U-Net of Kandinsky 3 from a published folder of config.json and safetensors, in evaluation mode."""
     return load_published(build_unet3, folder, dtype)
+
+
+# The networks that adapters belong to, by the class in their config.json
+NETWORKS = {
+    "PriorTransformer": (build_prior, load_prior),
+    "UNet2DConditionModel": (build_decoder, load_decoder),
+    "Kandinsky3UNet": (build_unet3, load_unet3),
+}
+
+
+def find_network(folder):
+    """(folder of the network, function to build it, function to load it) in a model's folder.
+
+    It is the prior or the U-Net, or the folder holds the network itself; BadInput if there is none of them.
+    """
+    folder = Path(folder)
+    places = [p for p in (folder / "prior", folder / "unet", folder) if (p / "config.json").is_file()]
+    kind = read_json(places[0] / "config.json").get("_class_name") if places else None
+    if not isinstance(kind, str) or kind not in NETWORKS:
+        raise BadInput(f"{folder}: expected a published model with a network in prior/ or unet/, of "
+                       f"{', '.join(NETWORKS)}; got {f'{kind!r:.100}' if places else 'no config.json there'}")
+    return places[0], *NETWORKS[kind]

@@ -12,6 +12,7 @@ from PIL import Image
 from test_release import in_released_names
 from tiny_kandinsky import main as make_tiny
 
+import adapters
 import msdm
 import release
 import vae
@@ -46,6 +47,8 @@ COMMANDS = {  # name: module, flags, output folder
     "sampler .csv": ("sampler", f"{SAMPLE} --prompts prompts.csv", "out"),
     "sampler 2.2": ("sampler", SAMPLE_22, "out"),
     "sampler 2.2 lora": ("sampler", f"{SAMPLE_22} --prior-lora run-prior/best", "out"),
+    "sampler 2.2 kohya": ("sampler", f"{SAMPLE_22} --prior-lora foreign/kohya.safetensors", "out"),
+    "convert": ("finetune", "convert foreign/diffusers.safetensors out/x.safetensors --to kohya", ""),
     "sampler 3": ("sampler", "--ckpt k3 --size 64 --steps 1 --prompt polyp", "out"),
     "metrics": ("metrics", "", ""),  # its reading half, below
     "metrics stats": ("metrics", "stats", ""),
@@ -80,6 +83,7 @@ KINDS = {  # name: places, mutations, commands
     "adapter": (["run-adapter/best/*.safetensors"], m.SAFETENSORS + m.PLACE, ["sampler --lora"]),
     "adapter config": (["run-adapter/best/*.json"], m.JSON + m.PLACE, ["sampler --lora"]),
     "2.2 adapter": (["run-prior/best/*.json"], m.JSON + m.PLACE, ["sampler 2.2 lora"]),
+    "2.2 foreign adapter": (["foreign/*"], m.SAFETENSORS + m.PLACE, ["sampler 2.2 kohya", "convert"]),
     "vae run": (["run-vae/config.json"], m.JSON + m.PLACE, ["vae resumed"]),
     "run log": (["run-vae/metrics.jsonl"], m.TEXT + m.PLACE, ["vae resumed"]),
     "msdm run": (["run-msdm/config.json", "run-msdm/latents-*"], m.ANY + m.PLACE, ["msdm resumed"]),
@@ -149,3 +153,5 @@ def build(root, worker):
             raise RuntimeError(f"{name} fails on good files: {err[-2000:]}{trace}")
         if made:
             (root / "out").rename(root / made)
+    for form in ("diffusers", "kohya"):
+        adapters.write(adapters.read(root / "run-prior/best"), root / f"foreign/{form}.safetensors", form)
