@@ -198,7 +198,7 @@ class Sheets:
         if args.network == "prior":
             folder = fetch(args.decoder, dtype)
             check_kind(folder, "decoder", "combined")
-            check_size(args.size, Kandinsky22.size_multiple(folder))
+            check_size("--size", args.size, Kandinsky22.size_multiple(folder))
             self.decoder = load_decoder(folder / "unet", dtype)
             self.decoder_schedule = read_schedule(folder / "scheduler")
             check_match(folder, "width of an image embedding", network.to_embed.out_features,

@@ -209,8 +209,8 @@ FLAGS = {  # values of the flags that are not given; that of the rank is the scr
 
 def add_flags(parser, rank):
     flag = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    parser.add_argument("--init", help="adapter folder to start from, instead of a fresh adapter: what the "
-                        "flags below say comes from it")
+    parser.add_argument("--init", help="adapter of any format to start from, instead of a fresh one: what "
+                        "the flags below say comes from it")
     flag("--rank", type=int, help=f"rank of the adapter ({rank})")
     flag("--alpha", type=float, help="the update is (alpha / rank) B A (the rank, a factor of 1)")
     flag("--rslora", action=argparse.BooleanOptionalAction,

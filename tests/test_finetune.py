@@ -221,7 +221,7 @@ def drawn_by_the_pipeline(made, name, adapter):
     embeds = load_safetensors(next(made.glob("cache/clip-images-*")))[0]["embeds"]
     own = embeds[[1 + names.index(r.name) for r in records]]
     noise = diffusion.seeded_noise(range(len(own)))
-    images = pipeline._decode(own, embeds[:1].expand_as(own), 3, 4.0, 64, 64, noise, "dpmpp")
+    images = pipeline._decode(own, embeds[:1].expand_as(own), 3, 4.0, 64, 64, noise, "dpmpp", None, 1.0)
     return data.to_uint8(images)
 
 
@@ -557,7 +557,7 @@ def test_two_adapters_of_2_2_and_their_strength(made, tmp_path):
     (tmp_path / "adapted/images/000001.png").unlink()
     assert sample(made, "2.2", tmp_path / "adapted", *adapters) == adapted
     settings = json.loads((tmp_path / "adapted/config.json").read_text())
-    assert settings["prior_lora"] == folder_hash(made / "prior/best") and settings["size"] == 64
+    assert settings["prior_lora"] == folder_hash(made / "prior/best") and settings["height"] == 64
     for change, said in (([*adapters, "--lora-scale", 0.5], "lora_scale"), ([], "prior_lora"),
                          ([*adapters, "--size", 128], "size")):
         with pytest.raises(BadInput, match=f"holds images made with {said}="):
