@@ -559,7 +559,7 @@ def test_two_adapters_of_2_2_and_their_strength(made, tmp_path):
     settings = json.loads((tmp_path / "adapted/config.json").read_text())
     assert settings["prior_lora"] == folder_hash(made / "prior/best") and settings["height"] == 64
     for change, said in (([*adapters, "--lora-scale", 0.5], "lora_scale"), ([], "prior_lora"),
-                         ([*adapters, "--size", 128], "size")):
+                         ([*adapters, "--size", 128], "width")):
         with pytest.raises(BadInput, match=f"holds images made with {said}="):
             sample(made, "2.2", tmp_path / "adapted", *change)
 
