@@ -160,6 +160,11 @@ class MoVQDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(y, z)))  # (b, 3, s h, s w)
 
 
+def in_fastest_layout(x):
+    """x (b, c, h, w) in the memory layout in which a CPU convolves fastest, as it is elsewhere."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 class MoVQ(nn.Module):
     """encode(img) -> z, decode(z) -> img; img (b, 3, h, w) in [-1, 1], z (b, 4, h / 8, w / 8) as published.
 
@@ -194,9 +199,10 @@ class MoVQ(nn.Module):
         self.decoder = MoVQDecoder(widths, up_attention, n_res + 1, latent_ch, z_ch)
 
     def encode(self, img):
-        return self.quant_conv(self.encoder(img))
+        return self.quant_conv(self.encoder(in_fastest_layout(img)))
 
     def decode(self, z):
+        z = in_fastest_layout(z)
         return self.decoder(self.post_quant_conv(z), z)
 
     def quantise(self, z):
