@@ -147,7 +147,7 @@ test-kill: $(INSTALL)  ## kill the commands a hundred times at random moments an
 test-fuzz: $(INSTALL)  ## a thousand damaged and hostile files: half an hour
 	$(PY) tests/fuzz.py $(FLAGS)
 
-bench: $(INSTALL)  ## speed of the networks and metrics against this machine's matmul rate
+bench: $(INSTALL)  ## speed and memory of networks, trainings, sampling and metrics as ratios: ten minutes
 	$(PY) tests/bench.py
 
 clean:  ## remove the built-in data and caches, but no run, no image and not the installation
