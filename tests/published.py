@@ -109,7 +109,7 @@ def main(argv=None):
     device = best_device(args.device)
     args.dtype = args.dtype or str(fast_dtype(device)).removeprefix("torch.")
     dtype = getattr(torch, args.dtype)
-    check_size(args.size, 64)
+    check_size("--size", args.size, 64)
     folders = [fetch(name, dtype) for name in args.folders]
     tables = [(table, folder) for folder in folders for table in TABLES[kind_of(folder)]]
     kinds = dict(tables)
