@@ -1,11 +1,17 @@
 """What the tests share: recorded outputs, commands as subprocesses, small models and images."""
 
+import atexit
 import json
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,39 +63,85 @@ def close(out, expected, atol):
 
 def run(script, *flags, expect=0):
     """A command of the project in a process of its own; another exit status than expected fails the test."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True,
-                          env=ENV, timeout=300)
+    (done,) = ranks(1, ROOT / script, *flags, limit=300)
     assert done.returncode == expect, done.stderr[-3000:]
     return done
 
 
 def start(script, *flags, **settings):
-    """The same command, not waited for."""
+    """The same command in a fresh interpreter, not waited for."""
     return subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], env=ENV, **settings)
 
 
-def torchrun(script, *flags, processes=2):
-    """A script under torchrun, one thread a process; it must end with status 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone",
-               script, *flags]
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+# Starting Python and torch takes seconds. So one process imports the project, and commands are forks of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["sampler", "finetune", "judges", "metrics", "phantom", "vae"])
+
+
+def ranks(n, script, *flags, limit=150):
+    """n processes of a script, one thread each, as torchrun starts them; nobody ends the others."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in ENV.items() if k not in ("RANK", "WORLD_SIZE")}
+    if n > 1:
+        env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with tempfile.TemporaryDirectory() as tmp:
+        started = []
+        for rank in range(n):
+            own = env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {})
+            files = [f"{tmp}/{rank}{name}" for name in ("out", "err")]
+            args = str(script), [*map(str, flags)], own, os.getcwd(), files
+            p = FORKS.Process(target=run_forked, args=args)
+            p.start()
+            started.append((p, files))
+        ends = time.monotonic() + limit
+        for p, files in started:
+            p.join(max(0, ends - time.monotonic()))
+            if p.is_alive():
+                p.kill()
+                raise AssertionError(f"{script}: no end in {limit} s: " + Path(files[1]).read_text()[-3000:])
+        return [Done(p.exitcode, *(Path(f).read_text(errors="replace") for f in files))
+                for p, files in started]
+
+
+def run_forked(script, flags, env, folder, files):
+    """Run a script as `python SCRIPT FLAGS` does, in this process, its output in two files."""
+    for fd, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    sys.argv, sys.path[0:0] = [script, *flags], [str(Path(script).parent)]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a fork ends without them
+
+
+def two_ranks(script, *flags):
+    """Two processes of a script, which must end with status 0."""
+    done = ranks(2, script, *flags)
+    assert all(d.returncode == 0 for d in done), "\n".join(d.stderr[-3000:] for d in done)
+    return Done(0, "".join(d.stdout for d in done), "".join(d.stderr for d in done))
+
+
+def torchrun(script, *flags):
+    """The same by torchrun itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script,
+               *flags]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=150,
                           env=ENV | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def two_ranks(script, *flags):
-    """[(exit status, stderr)] of two processes of a script; nobody ends the others, as torchrun would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = ENV | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port)}
-    command = [sys.executable, script, *map(str, flags)]
-    processes = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [p.communicate(timeout=120)[1] for p in processes]
-    return [(p.returncode, err) for p, err in zip(processes, said, strict=True)]
 
 
 def log_lines(run_folder):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_kandinsky
 import torch
-from helpers import close, image, log_lines, pixels, run, start, torchrun
+from helpers import close, image, log_lines, pixels, run, start, two_ranks
 from transformers import CLIPImageProcessor
 
 import data
@@ -133,7 +133,7 @@ for flags in json.loads(sys.argv[1]):
 
 def test_of_two_ranks_the_first_encodes(made, tmp_path):
     (tmp_path / "two.py").write_text(RANK_0_ENCODES)
-    torchrun(tmp_path / "two.py", json.dumps([
+    two_ranks(tmp_path / "two.py", json.dumps([
         flags(made, name, tmp_path / name, "--cache", tmp_path / "cache", "--steps", 1, "--batch-size", 1)
         for name in TRAININGS]))
     for file in (tmp_path / "cache").iterdir():

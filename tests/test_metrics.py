@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import ROOT, torchrun, two_ranks
+from helpers import ROOT, ranks, two_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -452,7 +452,7 @@ def test_two_processes_share_the_images_and_give_the_numbers_of_one(folders, mon
     torch.set_num_threads(1)                                # as under torchrun
     metrics.main(flags("one"))
     torch.set_num_threads(threads)
-    done = torchrun(ROOT / "metrics.py", *flags("two"))
+    done = two_ranks(ROOT / "metrics.py", *flags("two"))
     assert done.stdout.count("precision  ") == done.stderr.count("1 other files left out") == 1
     assert "8/8" in done.stderr and "4/4" not in done.stderr    # the bar of the first alone
     one, two = (json.loads((folders / f"{name}.json").read_text()) for name in ("one", "two"))
@@ -462,10 +462,10 @@ def test_two_processes_share_the_images_and_give_the_numbers_of_one(folders, mon
 
     whole = (folders / "fake/images/9.png").read_bytes()
     (folders / "fake/images/z.png").write_bytes(whole[:len(whole) // 2])        # in the share of the second
-    ended = two_ranks(ROOT / "metrics.py", *common, "--cache", folders / "cache-two")
-    assert [status for status, _ in ended] == [2, 2], ended
-    assert "error: another process of this command stopped" in ended[0][1]
-    assert ended[1][1].count("\n") == 1 and "z.png: " in ended[1][1]
+    ended = ranks(2, ROOT / "metrics.py", *common, "--cache", folders / "cache-two")
+    assert [done.returncode for done in ended] == [2, 2], ended
+    assert "error: another process of this command stopped" in ended[0].stderr
+    assert ended[1].stderr.count("\n") == 1 and "z.png: " in ended[1].stderr
 
 
 def test_a_result_that_cannot_be_kept_is_refused_before_the_work(folders):

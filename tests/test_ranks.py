@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, image, log_lines, tiny_msdm, torchrun
+from helpers import ROOT, image, log_lines, ranks, tiny_msdm, two_ranks
 
 import data
 import msdm
@@ -95,7 +95,7 @@ def test_ranks_share_the_encoding_and_their_file_is_that_of_one_process(folder, 
     left.touch()
     (tmp_path / "two.py").write_text(SHARED_LATENTS)
     shutil.rmtree(folder.parent / ".features")
-    torchrun(tmp_path / "two.py", folder, tmp_path)
+    two_ranks(tmp_path / "two.py", folder, tmp_path)
     (two,) = (tmp_path / "two").iterdir()
     assert two.name == one.name and two.read_bytes() == one.read_bytes()
 
@@ -140,13 +140,13 @@ for function in (objective.validate, lambda *args: vae.measure_scale(objective.v
 
 def test_ranks_share_the_autoencoders_validation(tmp_path):
     (tmp_path / "two.py").write_text(SHARED_VALIDATION)
-    torchrun(tmp_path / "two.py")
+    two_ranks(tmp_path / "two.py")
 
 
 def test_a_run_of_two_processes_goes_on_in_one_with_the_losses_of_one(folder, tmp_path, capsys):
     flags = ["--data", folder, "--size", 32, "--perceptual", "off", "--log-every", 1, "--save-every", 2,
              "--no-cosine", "--device", "cpu"]
-    torchrun(ROOT / "vae.py", *flags, "--batch-size", 2, "--steps", 4, "--out", tmp_path / "two")
+    two_ranks(ROOT / "vae.py", *flags, "--batch-size", 2, "--steps", 4, "--out", tmp_path / "two")
     for name, batch_size in (("two", 2), ("one", 4)):
         vae.main([str(x) for x in (*flags, "--batch-size", batch_size, "--steps", 6, "--out",
                                    tmp_path / name)])
@@ -174,5 +174,5 @@ world.main_first(function)
 
 def test_rank_0_comes_first_then_the_first_of_each_other_machine(tmp_path):
     (tmp_path / "machines.py").write_text(TWO_MACHINES)
-    torchrun(tmp_path / "machines.py", tmp_path / "order", processes=3)
+    ranks(3, tmp_path / "machines.py", tmp_path / "order")
     assert (tmp_path / "order").read_text().split() == ["0", "2", "1"]

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, fixture, image, tiny_msdm, torchrun, two_ranks
+from helpers import ROOT, fixture, image, ranks, tiny_msdm, two_ranks
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -432,7 +432,7 @@ def test_two_processes_make_the_files_of_one(checkpoint, tmp_path):
     for i in (0, 1, 2, 7):
         (two / f"images/{i:06d}.png").unlink()
     kept = (two / "images/000003.png").stat().st_mtime_ns
-    torchrun(ROOT / "sampler.py", *flags, "--out", two)
+    two_ranks(ROOT / "sampler.py", *flags, "--out", two)
     assert len(hashes_of(one)) == 8 and hashes_of(two) == hashes_of(one)
     assert (two / "images/000003.png").stat().st_mtime_ns == kept
     for name in ("grid.png", "config.json", "prompts.csv"):
@@ -455,9 +455,9 @@ def test_a_process_that_fails_leaves_no_other_waiting(checkpoint, tmp_path):
     """Nobody ends the others here, as torchrun would."""
     (tmp_path / "two.py").write_text(FAILS_ON_ONE)
     flags = ["--ckpt", checkpoint, "--prompt", PROMPT, "-n", 4, "--steps", 2, "--grid"]
-    (status, first), (other, second) = two_ranks(tmp_path / "two.py", *flags, "--out", tmp_path / "o")
-    assert (status, other) == (2, 2), first + second
-    assert "error: another process stopped" in first and "No space left on device" in second
+    first, second = ranks(2, tmp_path / "two.py", *flags, "--out", tmp_path / "o")
+    assert (first.returncode, second.returncode) == (2, 2), first.stderr + second.stderr
+    assert "error: another process stopped" in first.stderr and "No space left on device" in second.stderr
     assert len(hashes_of(tmp_path / "o")) == 2 and not (tmp_path / "o/grid.png").exists()
 
 

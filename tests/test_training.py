@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, ROOT, close, torchrun
+from helpers import ENV, ROOT, close, two_ranks
 
 import lora
 import optim
@@ -353,7 +353,7 @@ assert world.mean(found[1][0]) == found[1][0]
 
 def test_what_fails_on_one_rank_ends_all_of_them(tmp_path):
     (tmp_path / "two.py").write_text(FAILS_ON_ONE)
-    torchrun(tmp_path / "two.py", tmp_path / "run")
+    two_ranks(tmp_path / "two.py", tmp_path / "run")
 
 
 def test_a_signal_ends_the_loop_after_its_step_and_sets_the_exit_status():
@@ -392,7 +392,7 @@ def test_one_rank_is_asked_to_stop_and_both_do(tmp_path):
         "assert len(steps) == 4, steps\n"
         "assert r.mean(float(r.rank)) == 0.5 and r.average(torch.tensor(float(r.rank))) == 0.5\n"
         "r.barrier()\n")
-    torchrun(tmp_path / "two.py")
+    two_ranks(tmp_path / "two.py")
 
 
 def test_numpy_is_not_seeded_behind_the_users_back():
