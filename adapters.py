@@ -29,6 +29,7 @@ from files import (
     read_json,
     read_state,
     save_safetensors,
+    text_hash,
     write_json,
 )
 from weights import FLOATS, adapter_files, check_finite, fetch, listed
@@ -144,8 +145,11 @@ def _is_file(path):
 
 
 def adapter_hash(path):
-    """The hash of an adapter's file, or of its folder."""
-    return file_hash(path) if _is_file(path) else folder_hash(path)
+    """The hash of an adapter's folder, or of its file and the adapter_config.json that belongs to it."""
+    if not _is_file(path):
+        return folder_hash(path)
+    file, config = _files(path)
+    return text_hash(file_hash(file), file_hash(config)) if config else file_hash(file)
 
 
 def read(source, names=None):

@@ -111,8 +111,9 @@ def sample_timesteps(n, T, logit_normal, generator):
 def min_snr_weight(prediction, alpha_bar_t, gamma):
     """Weights of the squared errors (2303.09556, Sec. 3.4).
 
-    min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps". For "v" it follows from the first: an error of
-    v is one of x_0 times sqrt(1 - alpha_bar_t), so min(SNR, gamma) / (SNR + 1).
+    min(SNR, gamma) for "x_0", min(SNR, gamma) / SNR for "eps". For "v" it follows from the first: an error e
+    of v is an error sqrt(1 - alpha_bar_t) e of x_0, so min(SNR, gamma) (1 - alpha_bar_t), which is
+    min(SNR, gamma) / (SNR + 1).
     """
     snr = alpha_bar_t / (1 - alpha_bar_t)
     if prediction == "x_0":

@@ -389,8 +389,11 @@ def cached_rows(path, name, parts, make, metadata, world) -> Mapped:
             with contextlib.suppress(OSError):  # of a protected folder, as below
                 remove_unfinished(path.parent, glob.escape(path.name))
     if world.mean(float(found)) or _make_rows(path, name, parts, make, metadata, world):
-        with world.together(), open(path, "rb") as f:
-            return map_rows(f, name)
+        rows = None
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            rows = map_rows(f, name)
+        if not world.mean(float(rows is None)):  # the file is on the disk of all ranks
+            return rows
     with world.together(), tempfile.TemporaryFile() as f:
         write_rows(f, name, n, make(parts), metadata)
         f.flush()

@@ -41,6 +41,7 @@ from kandinsky import read_schedule
 from kandinsky_networks import find_network, load_decoder, load_prior, load_unet3
 from optim import Optimizers
 from runfolder import check_finite, read_run
+from unet import dtype_of
 from weights import check_kind, fetch, prior_part, read_checkpoint
 
 
@@ -86,7 +87,7 @@ def loss_fn(network, x_0, condition, t, eps, alpha_bar, prediction, gamma):
     """
     a_t = alpha_bar[t].view(-1, *[1] * (x_0.ndim - 1))
     x_t = q_sample(x_0, a_t, eps)
-    out = network(x_t.to(next(network.parameters()).dtype), t, *condition).float()
+    out = network(x_t.to(dtype_of(network)), t, *condition).float()
     out = out[:, :x_0.shape[1]]  # the decoder's variance, after its eps, is not trained
     error = (out - target(prediction, x_0, a_t, eps)).square().flatten(1).mean(dim=1)  # (b,)
     if gamma:
@@ -277,8 +278,9 @@ def train(args):
 
     start = run.restore(params, take_step, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
-        val_loss = validate()  # of a fresh adapter the base's: B = 0
-        check_finite({"the validation loss": torch.tensor(val_loss)}, f"{args.model} without an adapter")
+        val_loss = validate()  # of --init, or of a fresh adapter the base's: B = 0
+        source = args.init or f"{args.model} without an adapter"
+        check_finite({"the validation loss": torch.tensor(val_loss)}, source)
         run.log(step=0, val_loss=val_loss)
     sample(start)  # where a kill left none
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)

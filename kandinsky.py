@@ -34,7 +34,7 @@ from encoders import (
     load_transformer,
     warn_of_cut,
 )
-from files import cached, folder_hash, read_json, save_or_say, text_hash
+from files import folder_hash, read_cached, read_json, save_or_say, text_hash
 from kandinsky_networks import load_decoder, load_prior, load_unet3
 from lora import load as load_adapter
 from movq import build_movq, load_movq
@@ -271,8 +271,8 @@ def check_match(folder, what, expected, found):
 
 def check_size(flag, size, multiple):
     """BadInput for a side in pixels that is not generated; a pipeline called from Python rounds it up."""
-    if size is not None and size % multiple:
-        below = size // multiple * multiple
+    if size is not None and (size < 1 or size % multiple):
+        below = max(size, 0) // multiple * multiple
         nearest = " and ".join(str(s) for s in (below, below + multiple) if s)
         raise BadInput(f"{flag} {size}: expected a multiple of {multiple}; the nearest: {nearest}")
 
@@ -296,7 +296,7 @@ class Kandinsky22:
 
     @classmethod
     def from_pretrained(cls, prior, decoder=None, prior_lora=None, decoder_lora=None, dtype=torch.float32):
-        """prior, decoder: published folders or hub names; None: the folder of both. Adapters: PEFT folders.
+        """prior, decoder: published folders or hub names; None: the folder of both. Adapters: any format.
 
         MoVQ stays float32.
         """
@@ -430,6 +430,7 @@ class Kandinsky22:
     def sample(self, prompts, seed=0, steps=50, guidance=4.0, height=512, width=512, batch_size=16,
                **settings):
         """uint8 (b, 3, h, w); image i depends only on its prompt and seed + i. settings: of sample_batch."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         self.prepare([*prompts, settings.get("negative_prompt", "")])
         settings |= {"steps": steps, "guidance": guidance, "height": height, "width": width}
         return sample_in_batches(self.sample_batch, prompts, seed, batch_size, **settings)
@@ -557,7 +558,7 @@ class Kandinsky3:
             folders = self.text_folder, self.tokenizer.name_or_path
             key = text_hash(*map(folder_hash, folders), self.text_dtype)
             file = Path(cache) / f"t5-{key}.safetensors"
-            kept, _ = cached(file, lambda: ({}, None), write=False)  # nothing, if absent or broken
+            kept, _ = read_cached(file) or ({}, None)
             self.texts |= {p: kept[text_hash(p)] for p in prompts if text_hash(p) in kept}
         missing = sorted(set(prompts) - self.texts.keys())
         if torch.device(self.text_device or self.device).type == "cpu":

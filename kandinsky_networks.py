@@ -433,10 +433,10 @@ class UNet3(nn.Module):
     """forward(z, t, text, text_mask, text_length=None) -> eps (b, 4, h, w).
 
     z (b, 4, h, w) noisy MoVQ latent, t (b,), text (b, n, d) T5 states with zeros at padding, text_mask (b, n)
-    true at tokens; text may be what read(text, text_mask, text_length) returns. A row without a token is the
-    null condition. The query that pools the text is a mean over the first text_length (b,) positions of a
-    row, padding included (ours); None: over all n, as published, so that a row depends on the longest of its
-    batch.
+    true at tokens; text may be what read(text, text_mask, text_length) returns, and only then is text_mask
+    None. A row without a token is the null condition. The query that pools the text is a mean over the first
+    text_length (b,) positions of a row, padding included (ours); None: over all n, as published, so that a
+    row depends on the longest of its batch.
     """
 
     published_names = (

@@ -194,6 +194,16 @@ def _unmerge(layer):
 def remove(model):
     """The base model as it was before inject, still frozen; a merged adapter is unmerged first."""
     unmerge(model)
+    _leave_bases(model)
+
+
+def bake(model):
+    """Merge the adapter for good: plain linear layers, and no copy of their weights as they were."""
+    merge(model)
+    _leave_bases(model)
+
+
+def _leave_bases(model):
     for name, layer in layers(model).items():
         model.set_submodule(name, layer.base)
     if hasattr(model, "lora_config"):
@@ -227,7 +237,8 @@ def set_flags(args, config, source):
     own = {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora, "dora": config.dora,
            "lora_dropout": config.dropout, "targets": targets}
     for name, value in own.items():
-        if (given := getattr(args, name, value)) != value:
+        given = getattr(args, name, value)
+        if (set(given) != set(value) if name == "targets" else given != value):
             raise BadInput(f"--{name.replace('_', '-')} {given}: the adapter {source} has {value}; leave the "
                            "flag out, or start without --init")
         setattr(args, name, value)

@@ -377,7 +377,7 @@ def main(argv=None):
         for network in model.networks:
             lora.set_scale(network, args.lora_scale)
             if args.dtype != "float32":  # the sum of weight and update is rounded once
-                lora.merge(network)
+                lora.bake(network)
                 network.to(getattr(torch, args.dtype))
         settings = hashes | settings | {
             **{k: request.get(k) for k in OWN}, "dtype": args.dtype,

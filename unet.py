@@ -81,7 +81,10 @@ class Read(NamedTuple):
 
 
 class Kept:
-    """Tokens (b, n, d) that are the same in many calls: a layer's keys or values are computed once."""
+    """Tokens (b, n, d) that are the same in many calls: a layer's keys or values are computed once.
+
+    For one sampling: what is kept does not follow a change of the weights or of an adapter's strength.
+    """
 
     def __init__(self, tokens):
         self.tokens, self.results = tokens, {}
@@ -97,6 +100,12 @@ def through(layer, tokens):
     return tokens.through(layer) if isinstance(tokens, Kept) else layer(tokens)
 
 
+def dtype_of(network):
+    """The dtype of a network's own weights; an adapter's, which may come first, are float32 in any case."""
+    adapter = ("lora_A", "lora_B", "magnitude")
+    return next(p.dtype for name, p in network.named_parameters() if not name.endswith(adapter))
+
+
 class InItsDtype:
     """A network as a function whose inputs are cast to its dtype and whose output is float32.
 
@@ -105,7 +114,7 @@ class InItsDtype:
     """
 
     def __init__(self, network):
-        self.network, self.dtype = network, next(network.parameters()).dtype
+        self.network, self.dtype = network, dtype_of(network)
 
     def _cast(self, x):
         return x.to(self.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -332,7 +341,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch, config.in_channels, 1))
 
     def read(self, text, text_mask=None):
-        """The Read of text (b, n, d) and its mask; tokens (b, n, time_dim), without columns of padding."""
+        """The Read of text (b, n, d) and its mask; tokens (b, n, time_dim), on a CPU without padding."""
         text_mask = None if text_mask is None else text_mask.bool()
         text = self.text_mlp[0](text)  # (b, n, time_dim)
         text = self.text_mlp[2](self.text_mlp[1](text)) + (text if self.config.text_residual else 0)

@@ -2,6 +2,7 @@
 
 from command import BadInput
 
+import argparse
 import json
 import shutil
 
@@ -17,6 +18,7 @@ import lora
 import sampler
 from files import folder_hash, load_safetensors, making, read_json, save_safetensors, write_json
 from kandinsky_networks import load_decoder, load_prior, load_unet3
+from unet import InItsDtype, dtype_of
 from weights import adapter_files, fetch, rename
 
 FILES = {  # of adapter-formats, and the output that the reference recorded with each
@@ -539,3 +541,39 @@ def test_the_commands_leave_with_status_2(tmp_path):
     assert done.stderr.splitlines() == [said]
     run("finetune.py", "convert", formats("peft"), tmp_path / "out")
     assert adapters.read(tmp_path / "out").config.alpha == 6
+
+
+def test_the_hash_of_a_file_is_also_that_of_the_settings_beside_it(tmp_path):
+    shutil.copytree(formats("peft"), tmp_path / "adapter")
+    file, config = tmp_path / "adapter/adapter_model.safetensors", tmp_path / "adapter/adapter_config.json"
+    before = adapters.adapter_hash(file)
+    write_json(config, read_json(config) | {"lora_alpha": 77})
+    assert adapters.adapter_hash(file) != before
+
+
+@torch.no_grad()
+def test_a_half_precision_network_with_adapters_everywhere_computes_in_its_own_dtype(decoder):
+    decoder.bfloat16()
+    lora.inject(decoder, lora.LoRAConfig(rank=2, alpha=2, targets="all-linear"))
+    assert next(decoder.parameters()).dtype == torch.float32 and dtype_of(decoder) == torch.bfloat16
+    out = InItsDtype(decoder)(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 32))
+    assert out.dtype == torch.float32 and out.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_baked_adapter_is_in_the_weights_alone(decoder):
+    lora.load(decoder, formats("peft"))
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 32)
+    expected, names = decoder(*inputs), {k for k in decoder.state_dict() if "lora" not in k}
+    lora.bake(decoder)
+    close(decoder(*inputs), expected, 1e-5)
+    assert not lora.layers(decoder) and set(decoder.state_dict()) == {k.replace(".base", "") for k in names}
+
+
+def test_the_targets_of_an_adapter_may_be_given_in_any_order():
+    config = lora.LoRAConfig(rank=2, alpha=2, targets=("to_q", "to_k"))
+    args = argparse.Namespace(targets=["to_k", "to_q"])
+    lora.set_flags(args, config, "A")
+    assert args.rank == 2
+    with pytest.raises(BadInput, match="--targets"):
+        lora.set_flags(argparse.Namespace(targets=["to_k"]), config, "A")

@@ -357,7 +357,12 @@ def test_an_offloaded_part_fits_with_a_batch_of_16(monkeypatch, name, dtype, inp
     def call(net):
         b = 16 if "movq" in name else 32  # guidance asks a network twice
         first, *rest = (torch.empty(b, *shape, dtype=dtype if shape else torch.int64) for shape in inputs)
-        kandinsky.decode_one_by_one(net, first) if "movq" in name else net(first, *rest)
+        if "movq" in name:
+            return kandinsky.decode_one_by_one(net, first)
+        predict, (t, *condition) = InItsDtype(net), rest
+        condition = predict.remember(*condition)
+        for _ in range(2):  # keys and values are kept from the first step on
+            predict(first, t, *condition)
 
     weights, alive = peak_on_meta(name, dtype, call)
     assert alive > 0 and weights + alive < 0.75 * limit
@@ -523,6 +528,12 @@ def test_a_condition_is_read_once_a_sampling(version, request, monkeypatch):
     for hook in hooks:
         hook.remove()
     assert set(once.values()) == {1} and {len(outs) for outs in calls.values()} == {4} and len(once) > 3
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(0, "64$"), (-64, "64$"), (65, "64 and 128$")])
+def test_a_side_that_is_not_drawn_is_refused(size, nearest):
+    with pytest.raises(BadInput, match=f"--size {size}: expected a multiple of 64; the nearest: {nearest}"):
+        kandinsky.check_size("--size", size, 64)
 
 
 def test_a_larger_image_is_whole_blocks():

@@ -66,6 +66,8 @@ if world.rank == 1:  # the disk of one rank is full
 alone = latents(folder, root / "full", world)
 assert encoded == [2, 2, 4] and (first == alone).all() and not list((root / "full").iterdir()), encoded
 files._beside = beside
+apart = latents(folder, root / f"disk-{world.rank}", world)  # disks that are not one
+assert encoded == [2, 2, 4, 2, 4] and (first == apart).all(), encoded
 
 def fails(vae, images, parts, *more):
     yield from encode(vae, images, parts[:1], *more)
