@@ -327,7 +327,11 @@ def merge(args):
             kept = (".json", ".md", ".txt") if Path(at) == place else ("",)
             return [n for n in names if n.startswith(".") or not n.endswith(kept)]
 
-        shutil.copytree(folder, made, ignore=left_out, dirs_exist_ok=True)
+        try:
+            shutil.copytree(folder, made, ignore=left_out, dirs_exist_ok=True)
+        except shutil.Error as error:  # a list of what could not be copied
+            source, _, why = error.args[0][0]
+            raise BadInput(f"{source}: cannot be copied to {out} ({why})") from None
         for file in tqdm(sorted(place.glob("*.safetensors")), "merging", disable=None):
             found, _ = load_safetensors(file)
             merged = lora.merged_weights(network, found)
@@ -427,6 +431,8 @@ def main(argv=None):
     if args.network in ("convert", "merge"):
         return (convert if args.network == "convert" else merge)(args)
     training.check_flags(args)
+    if getattr(args, "epochs", None) is not None and "steps" in args:
+        raise BadInput(f"--steps {args.steps}: --epochs {args.epochs:g} says how long; leave one of them out")
     if not args.init:
         training.fill_defaults(args, lora.FLAGS | {"rank": RANKS[args.network]})
     if args.network == "msdm":

@@ -301,8 +301,9 @@ def check_flags(args):
             setattr(args, share, default)
         elif getattr(args, share) is not None and not getattr(args, image):
             raise BadInput(f"{dashed(share)} {getattr(args, share):g}: expected {dashed(image)}, its image")
-    if args.image_weight == 1 and not args.negative_prompt:
-        for k in ("prior_lora", "prior_steps", "prior_guidance"):
+    if args.image_weight == 1:
+        # A negative prompt still asks the prior; it is guided against itself, so that guidance plays no part.
+        for k in ("prior_guidance", *(() if args.negative_prompt else ("prior_lora", "prior_steps"))):
             if getattr(args, k) is not None:
                 raise BadInput(f"{dashed(k)} plays no part where --image-weight is 1: leave one of them out")
     if args.lora_scale != 1 and not (args.lora or args.prior_lora or args.decoder_lora):

@@ -575,9 +575,11 @@ def repeated(parser, argv):
         return argv
     if (config := read_run(folder)) is None:
         raise BadInput(f"--from-run {folder}: no config.json, expected the folder of a training run")
-    words = []
+    words, settings = [], dict(config["settings"])
+    if settings.get("epochs") is not None:  # the steps of the run are computed of them
+        settings.pop("epochs" if any(word.partition("=")[0] == "--steps" for word in argv) else "steps")
     for action in parser._actions:  # argparse has no public list of its flags
-        value = config["settings"].get(action.dest)
+        value = settings.get(action.dest)
         if value is None or not action.option_strings:
             continue
         flag = action.option_strings[0]

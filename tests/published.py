@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from command import BadInput, at_least_one, best_device, fast_dtype, run_command  # noqa: E402
+from command import BadInput, at_least_one, best_device, check_range, fast_dtype, run_command  # noqa: E402
 
 import torch  # noqa: E402 - the project's root is not on the path of a script in tests/
 from transformers import (  # noqa: E402
@@ -106,6 +106,7 @@ def main(argv=None):
     flag("--out", help="folder for the images as PNG files")
     args = parser.parse_args(argv)
     at_least_one(args, "steps", "size")
+    check_range(args, -2**63, 2**64 - 1, "seed")
     device = best_device(args.device)
     args.dtype = args.dtype or str(fast_dtype(device)).removeprefix("torch.")
     dtype = getattr(torch, args.dtype)

@@ -522,6 +522,15 @@ def test_bad_input_to_a_merge_is_one_line_and_writes_nothing(tiny, tmp_path, wor
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "x"] and folder_hash(tiny) == before
 
 
+def test_a_merge_that_cannot_copy_a_file_names_it(tiny, tmp_path):
+    shutil.copytree(tiny / "22/decoder", tmp_path / "model")
+    (tmp_path / "model/README.md").symlink_to("/nowhere/x")
+    refused("model/README.md: cannot be copied to", finetune.main,
+            ["merge", "--model", str(tmp_path / "model"), "--lora", str(tiny / "decoder-adapter"), "--out",
+             str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
     left = tmp_path / ".out.2147483646000000.tmp"  # of a process that was killed
     left.mkdir()

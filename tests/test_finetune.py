@@ -149,8 +149,16 @@ def test_an_epoch_is_a_pass_over_the_pairs_of_image_and_prompt(made, tmp_path):
     train, _ = data.split(data.read_folder(made / "data"))
     pairs = sum(len(r.prompts) for r in train)
     assert pairs > 2 * len(train)
-    finetune.main(flags(made, "prior", tmp_path, "--epochs", 0.5, "--save-every", 100))
+    command = flags(made, "prior", tmp_path, "--epochs", 0.5, "--save-every", 100)
+    with pytest.raises(BadInput, match="--steps 12: --epochs 0.5 says how long; leave one of them out"):
+        finetune.main(command)
+    where = command.index("--steps")
+    command[where:where + 2] = []
+    finetune.main(command)
     assert log_lines(tmp_path)[-1]["step"] == math.ceil(0.5 * pairs / 8)
+    for given, expected in (([], (0.5, None)), (["--steps", "1"], (None, 1))):  # what is given beats the run
+        args = finetune.parse(["prior", "--from-run", str(tmp_path), "--out", "x", *given])
+        assert (args.epochs, getattr(args, "steps", None)) == expected
     # A run that goes on in two processes keeps its 8 images a step, whatever they would make of --batch-size.
     args = finetune.parse(flags(made, "prior", tmp_path, "--epochs", 0.5))
     world = finetune.training.Distributed(0, 2, torch.device("cpu"))

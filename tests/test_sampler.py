@@ -290,6 +290,8 @@ def test_variations_of_an_image(pictures, tmp_path):
     (["--image-weight", "0.5"], "--image-weight 0.5: expected --image-prompt"),
     (["--image-prompt", "{}/0.png", "--image-weight", "-1"], "--image-weight -1.0: .* from 0 up to 1"),
     (["--image-prompt", "{}/0.png", "--prior-steps", "3"], "--prior-steps plays no part where"),
+    (["--image-prompt", "{}/0.png", "--prior-guidance", "3", "--negative-prompt", "text"],
+     "--prior-guidance plays no part where"),
     (["--image-prompt", "{}/text.png"], "text.png: the file is no JPEG or PNG")])
 def test_an_image_prompt_that_cannot_be_used_is_one_line(pictures, rows, tmp_path, flags, said):
     with pytest.raises(BadInput, match=said):
