@@ -137,9 +137,17 @@ try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky
 
 # Development
 
-test: $(INSTALL)  ## ruff and pytest
+FIRST_HALF := $(wildcard tests/test_[a-f]*.py tests/test_[jk]*.py)
+
+test: $(INSTALL)  ## ruff, and pytest in two processes of one thread
 	.venv/bin/ruff check .
-	$(PY) -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-first-half test-second-half
+
+test-first-half:
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(FIRST_HALF)
+
+test-second-half:
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(filter-out $(FIRST_HALF),$(wildcard tests/test_*.py))
 
 test-kill: $(INSTALL)  ## kill the commands a hundred times at random moments and let them go on: half an hour
 	$(PY) tests/resume_after_kill.py $(FLAGS)
@@ -154,5 +162,5 @@ clean:  ## remove the built-in data and caches, but no run, no image and not the
 	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
-  metrics test test-kill test-fuzz bench clean
+  metrics test test-first-half test-second-half test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help
