@@ -141,7 +141,7 @@ FIRST_HALF := $(wildcard tests/test_[a-f]*.py tests/test_[jk]*.py)
 
 test: $(INSTALL)  ## ruff, and pytest in two processes of one thread
 	.venv/bin/ruff check .
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-first-half test-second-half
+	@$(MAKE) --no-print-directory --jobs 2 test-first-half test-second-half
 
 test-first-half:
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FIRST_HALF)
