@@ -31,8 +31,8 @@ from kandinsky import (
     solve,
 )
 from kandinsky_networks import load_decoder
-from movq import load_movq
-from runfolder import check_finite
+from movq import MoVQ, load_movq
+from runfolder import check_savable
 from unet import InItsDtype
 from weights import check_kind, fetch, prior_part
 
@@ -66,6 +66,7 @@ class EncoderCache:
     world: training.Distributed
     dtype: torch.dtype  # of the encoders
     clip: Path  # the folder that holds CLIP's image encoder
+    movq: MoVQ | None  # the autoencoder of the network's folder; None: the network makes no latents
 
     def kept(self, name, key, make):
         """The dict of tensors that make() returns, from its file if there is one; they depend only on key."""
@@ -73,7 +74,7 @@ class EncoderCache:
 
         def checked():
             tensors = make()
-            check_finite(tensors, file)
+            check_savable(file, tensors)
             return tensors, None
 
         return cached(file, checked, self.world.is_first_here)[0]
@@ -105,14 +106,14 @@ class EncoderCache:
         key = *hashes, data.image_fingerprint(self.records), self.dtype
         return self.kept("clip-images", key, make)["embeds"]
 
-    def latents(self, folder, network, size):
+    def latents(self, folder, size):
         """MoVQ latents (n, 4, h, w) of the images, padded to a square."""
         def make():
-            movq = load_autoencoder(folder, network, size).to(self.world.device)
             images, _ = data.load_images(self.records, size, "pad", on_bad="raise")
             parts = tqdm(data.batches(len(images), 8), "latents", disable=len(images) < 500)
             floats = (data.to_float(images[part].to(self.world.device)) for part in parts)
-            return {"z": torch.cat([movq.encode(img) for img in floats])}
+            with on_device(self.movq, self.world.device):
+                return {"z": torch.cat([self.movq.encode(img) for img in floats])}
 
         key = folder_hash(folder / "movq"), data.image_fingerprint(self.records), size
         return self.kept("latents", key, make)["z"]
@@ -157,7 +158,7 @@ def prior_data(args, prior, folder, encoders):
 @torch.no_grad()
 def decoder_data(args, decoder, folder, encoders):
     """x_0: MoVQ latents (n, 4, h, w). Condition: the image's own CLIP embedding, not normalised."""
-    latents = encoders.latents(folder, decoder, args.size)
+    latents = encoders.latents(folder, args.size)
     embeds = encoders.images()  # row 0: the null condition
     return EncodedData(latents, (embeds,), [[1 + i] for i in range(len(latents))])
 
@@ -167,7 +168,7 @@ def unet3_data(args, unet, folder, encoders):
     """x_0: MoVQ latents (n, 4, h, w). Conditions: T5 states, mask, own length + 1 as in Kandinsky3.sample."""
     from transformers import T5Tokenizer
 
-    latents = encoders.latents(folder, unet, args.size)
+    latents = encoders.latents(folder, args.size)
     prompts, rows = encoders.prompts()
     text_dtype = torch.float32 if encoders.dtype == torch.float32 else torch.bfloat16
     text_device = args.text_device or encoders.world.device
@@ -175,7 +176,7 @@ def unet3_data(args, unet, folder, encoders):
     pipeline = Kandinsky3(unet, None, folder / "text_encoder", text_dtype, text_device, tokenizer, None)
     pipeline.prepare(prompts, cache=encoders.folder, is_main=encoders.world.is_first_here)
     texts = [pipeline.texts[p] for p in prompts[1:]]
-    check_finite(dict(zip(prompts[1:], texts, strict=True)), f"{folder / 'text_encoder'}, text states")
+    check_savable(f"{folder / 'text_encoder'}, text states", dict(zip(prompts[1:], texts, strict=True)))
     texts = [texts[0][:0], *texts]  # the null condition has no token
     lengths = torch.tensor([min(len(x) + 1, pipeline.n_tokens) for x in texts])
     return EncodedData(latents, (*pad_texts(texts, int(lengths.max())), lengths), rows)
@@ -192,9 +193,9 @@ class Sheets:
     memory and are on the device while they compute.
     """
 
-    def __init__(self, args, folder, network, schedule, dtype, device):
+    def __init__(self, args, network, schedule, movq, dtype, device):
         self.args, self.network, self.schedule, self.device = args, network, schedule, device
-        self.decoder = None
+        self.movq, self.decoder = movq, None
         if args.network == "prior":
             folder = fetch(args.decoder, dtype)
             check_kind(folder, "decoder", "combined")
@@ -205,7 +206,7 @@ class Sheets:
                         self.decoder.to_tokens.in_features)
             if args.decoder_lora:
                 lora.load(self.decoder, args.decoder_lora)
-        self.movq = load_movq(folder / "movq")
+            self.movq = load_movq(folder / "movq")
 
     @torch.inference_mode()
     def draw(self, encoded, images):

@@ -40,7 +40,7 @@ from files import file_hash, folder_hash, load_safetensors, making, read_json, s
 from kandinsky import read_schedule
 from kandinsky_networks import find_network, load_decoder, load_prior, load_unet3
 from optim import Optimizers
-from runfolder import check_finite, read_run
+from runfolder import check_savable, read_run
 from unet import dtype_of
 from weights import check_kind, fetch, prior_part, read_checkpoint
 
@@ -160,12 +160,11 @@ def kandinsky_task(args, world):
         own = prior_part if args.network == "prior" else Path
         network, schedule = load(own(folder, part), dtype), read_schedule(own(folder, "scheduler"))
         inject(network, args)
-        if args.network != "prior":
-            load_autoencoder(folder, network, args.size)
+        movq = None if args.network == "prior" else load_autoencoder(folder, network, args.size)
         if args.sample_steps > (T := len(schedule.alpha_bar)):
             raise BadInput(f"--sample-steps {args.sample_steps}: the schedule has {T} times")
         shown = args.shown and world.is_main and (args.network != "prior" or args.decoder)
-        sheets = Sheets(args, folder, network, schedule, dtype, world.device) if shown else None
+        sheets = Sheets(args, network, schedule, movq, dtype, world.device) if shown else None
     train, val, fingerprint = training.read_data(args, world)
     with world.together():
         readable, images, val_images = readable_images(train, val, args)
@@ -176,7 +175,7 @@ def kandinsky_task(args, world):
         if args.epochs:
             args.steps = steps_of(args, sum(len(readable[i].prompts) for i in images.tolist()), world)
     run = start_run(args, world, fingerprint, dtype=str(dtype), **hashes)
-    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip)
+    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip, movq)
     encoded = world.main_first(lambda: encode(args, network, folder, encoders))
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
@@ -255,7 +254,7 @@ def train(args):
         return val_loss
 
     def save(name):
-        check_finite(params, run.folder / name)
+        check_savable(run.folder / name, params)
         lora.save(network, run.folder / name)
 
     # A block that is computed again needs its random state for dropout, which a CUDA graph cannot give.
@@ -280,7 +279,7 @@ def train(args):
     if not start and not (run.folder / "metrics.jsonl").exists():
         val_loss = validate()  # of --init, or of a fresh adapter the base's: B = 0
         source = args.init or f"{args.model} without an adapter"
-        check_finite({"the validation loss": torch.tensor(val_loss)}, source)
+        check_savable(source, {"the validation loss": torch.tensor(val_loss)})
         run.log(step=0, val_loss=val_loss)
     sample(start)  # where a kill left none
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
@@ -335,7 +334,7 @@ def merge(args):
         for file in tqdm(sorted(place.glob("*.safetensors")), "merging", disable=None):
             found, _ = load_safetensors(file)
             merged = lora.merged_weights(network, found)
-            check_finite(merged, f"{file} with {args.lora}")
+            check_savable(f"{file} with {args.lora}", merged)
             save_safetensors(made / place.name / file.name, found | merged, header={"format": "pt"})
     print(f"{out}: {folder} with {args.lora} merged into {len(lora.layers(network))} layers of {place.name}/")
 

@@ -29,7 +29,7 @@ from unet import (
     GroupNorm,
     Read,
     attention,
-    through,
+    project,
     timestep_embedding,
 )
 from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published, refuse_other_unet
@@ -186,7 +186,7 @@ def upsample(x):
 class ImageAttention(nn.Module):
     """Self-attention of x (b, c, h, w) and cross-attention to tokens (b, n, token_dim) in one softmax.
 
-    The keys and values of both are concatenated. tokens may be a Kept.
+    The keys and values of both are concatenated. tokens may be a CachedTokens.
     """
 
     def __init__(self, ch, token_dim, head_dim, groups):
@@ -200,8 +200,8 @@ class ImageAttention(nn.Module):
     def forward(self, x, tokens):
         h, w = x.shape[-2:]
         y = self.norm(x.flatten(2)).transpose(1, 2)                      # (b, h * w, c)
-        k = torch.cat([through(self.token_k, tokens), self.to_k(y)], dim=1)  # (b, n + h * w, c)
-        v = torch.cat([through(self.token_v, tokens), self.to_v(y)], dim=1)
+        k = torch.cat([project(self.token_k, tokens), self.to_k(y)], dim=1)  # (b, n + h * w, c)
+        v = torch.cat([project(self.token_v, tokens), self.to_v(y)], dim=1)
         y = self.to_out[0](attention(self.to_q(y), k, v, self.n_heads))  # (b, h * w, c)
         return rearrange(y, "b (h w) c -> b c h w", h=h, w=w) + x
 

@@ -40,7 +40,7 @@ from diffusion import (
 )
 from files import cached_rows, file_hash, load_metadata, load_safetensors, text_hash
 from optim import Optimizers
-from runfolder import check_finite
+from runfolder import check_savable
 from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
 from unet import InItsDtype, UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
@@ -304,7 +304,7 @@ def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1, 
         encoded = encode_latents(vae, images, parts, jitter, views, args.seed, world.device)
         quiet = len(images) < 500 or not world.is_main
         for part in tqdm(encoded, "latents", len(parts), unit="batch", disable=quiet):
-            check_finite({"latents": part}, f"{records[0].path.parent}, encoded by the autoencoder")
+            check_savable(f"{records[0].path.parent}, encoded by the autoencoder", {"latents": part})
             yield part
 
     names = {"names": [r.name for r in images.records]}
@@ -333,7 +333,7 @@ class CaptionSampler:
             self.rows = {p: i for i, p in enumerate(distinct)}
             parts = tqdm(data.batches(len(distinct), 64), "text states", disable=len(distinct) < 512)
             self.cache = [torch.cat(p) for p in zip(*(text(distinct[part]) for part in parts), strict=True)]
-            check_finite({"states": self.cache[0]}, "the prompts, read by the text encoder")
+            check_savable("the prompts, read by the text encoder", {"states": self.cache[0]})
 
     def draw(self, indices, generator):
         """A prompt for each of the images `indices`."""

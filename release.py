@@ -12,7 +12,7 @@ import torch
 
 from files import read_state, save_safetensors
 from msdm import DIFFUSION, MSDM, TRAINING
-from runfolder import check_finite
+from runfolder import check_savable
 from text import TextEncoderReference
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -133,8 +133,8 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="checkpoint to write")
     args = parser.parse_args(argv)
     unet, vae = unet_from_release(args.unet), vae_from_release(args.vae)
-    check_finite(unet.state_dict(), args.unet)
-    check_finite(vae.state_dict(), args.vae)
+    check_savable(args.unet, unet.state_dict())
+    check_savable(args.vae, vae.state_dict())
     multiple = vae.factor * 2 ** (len(unet.config.channels) - 2)
     if args.size < 1 or args.size % multiple:
         raise BadInput(f"--size {args.size}: expected a multiple of {multiple}, the downsampling of both")

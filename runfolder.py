@@ -245,7 +245,7 @@ class Run:
         """What restore puts back."""
         if not self.world.is_main:
             return
-        check_finite(weights, f"{self.state_file}, step {step}")
+        check_savable(f"{self.state_file}, step {step}", weights)
         state = {"step": step, "best": self.best, "optimiser": opt.state_dict(), "ema": ema and ema.average,
                  "weights": {k: tensor.detach() for k, tensor in weights.items()}}
         with replacing(self.state_file) as tmp:
@@ -265,7 +265,7 @@ class Run:
             write_card(self, step, val_loss)
 
     def save_checkpoint(self, name, tensors, metadata):
-        check_finite(tensors, self.folder / name)
+        check_savable(self.folder / name, tensors)
         save_safetensors(self.folder / f"{name}.safetensors", tensors, metadata)
 
     def sheet(self, step):
@@ -289,7 +289,7 @@ class Run:
         return [line for line in lines if isinstance(line, dict)]
 
 
-def check_finite(tensors, what):
+def check_savable(what, tensors):
     """BadInput if one of the tensors of a dict holds a number that is not finite."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

@@ -73,8 +73,10 @@ class Distributed:
         return x.item() / self.size
 
     def share(self, items):
-        """This rank's part of a list. In order they make up the list; they differ in length by 1 at most, and
-        the first rank's is empty only where all are."""
+        """This rank's part of a list: the parts follow each other and differ in length by 1 at most.
+
+        Rank 0 has an item if any rank has.
+        """
         first, last = (-(-len(items) * rank // self.size) for rank in (self.rank, self.rank + 1))
         return items[first:last]
 

@@ -75,12 +75,12 @@ def init_unit_variance_(linear):
 class Read(NamedTuple):
     """What a network has read of its condition: everything that depends on neither x_t nor t."""
 
-    tokens: object  # (b, n, d), or a Kept of them: for cross-attention
+    tokens: object  # (b, n, d), or a CachedTokens of them: for cross-attention
     mask: torch.Tensor | None  # (b, n), true at tokens
     pooled: torch.Tensor  # (b, emb_dim), added to the time embedding
 
 
-class Kept:
+class CachedTokens:
     """Tokens (b, n, d) that are the same in many calls: a layer's keys or values are computed once.
 
     For one sampling: what is kept does not follow a change of the weights or of an adapter's strength.
@@ -89,15 +89,15 @@ class Kept:
     def __init__(self, tokens):
         self.tokens, self.results = tokens, {}
 
-    def through(self, layer):
+    def project(self, layer):
         if layer not in self.results:
             self.results[layer] = layer(self.tokens)
         return self.results[layer]
 
 
-def through(layer, tokens):
-    """layer(tokens), where tokens may be a Kept."""
-    return tokens.through(layer) if isinstance(tokens, Kept) else layer(tokens)
+def project(layer, tokens):
+    """layer(tokens), where tokens may be a CachedTokens."""
+    return tokens.project(layer) if isinstance(tokens, CachedTokens) else layer(tokens)
 
 
 def dtype_of(network):
@@ -126,7 +126,7 @@ class InItsDtype:
         if not hasattr(self.network, "read"):
             return condition
         read = self.network.read(*map(self._cast, condition))
-        return read._replace(tokens=Kept(read.tokens)), *[None] * (len(condition) - 1)
+        return read._replace(tokens=CachedTokens(read.tokens)), *[None] * (len(condition) - 1)
 
 
 def timestep_embedding(t, dim, freq_shift=1):
@@ -233,7 +233,7 @@ class AdaGroupNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x (b, n, query_dim) to context (b, n_keys, context_dim) -> (b, n, out_dim).
 
-    context may be a Kept. q, k and v are separate layers, because LoRA finds them by name.
+    context may be a CachedTokens. q, k and v are separate layers, because LoRA finds them by name.
     """
 
     def __init__(self, query_dim, context_dim, n_heads, dropout=0.0, out_dim=None, bias=False):
@@ -246,7 +246,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(out_dim, out_dim, bias=bias), nn.Dropout(dropout)])
 
     def forward(self, x, context, mask=None):
-        k, v = through(self.to_k, context), through(self.to_v, context)
+        k, v = project(self.to_k, context), project(self.to_v, context)
         y = attention(self.to_q(x), k, v, self.n_heads, mask)
         return self.to_out[1](self.to_out[0](y))
 
