@@ -17,24 +17,23 @@ from files import read_json, refuse_pointer
 from weights import HALF, check_finite, refuse_pickles
 
 
-def load_transformer(cls, folder, dtype=None):
-    """A tokenizer or, with dtype, a frozen encoder of transformers from a folder; BadInput if it fails.
+def load_transformer(cls, folder, dtype=None, pads=True):
+    """A tokenizer or, with dtype, a frozen model of transformers from a folder; BadInput if it fails.
 
     No code of the folder is run, and nothing unpickled. Of weights in two precisions those for dtype are
-    read.
+    read. pads: whether the tokenizer must have a padding token, as one has not whose texts are read alone.
     """
     folder = Path(folder)
     for file in folder.glob("*"):
         if file.is_file():
             refuse_pointer(file)
-    if dtype is None:
-        settings = {"trust_remote_code": False}
-    else:
+    settings = {"trust_remote_code": False}
+    if dtype is not None:
         read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
         refuse_pickles(folder)
         halves = [".fp16" in f.name for f in folder.glob("*.safetensors")]
         half = any(halves) and (dtype in HALF or all(halves))
-        settings = {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None}
+        settings |= {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None}
     try:
         loaded = cls.from_pretrained(folder, local_files_only=True, **settings)
     except MemoryError:
@@ -43,7 +42,7 @@ def load_transformer(cls, folder, dtype=None):
         why = f"{cls.__name__} does not load from it ({reason(error)})"
         raise BadInput(f"{folder}: {_missing_packages(folder) or why}") from None
     if dtype is None:
-        if loaded.pad_token is None:
+        if pads and loaded.pad_token is None:
             raise BadInput(f"{folder}: the tokenizer has no padding token; expected tokenizer_config.json or "
                            "special_tokens_map.json beside its vocabulary")
         return loaded
