@@ -52,7 +52,7 @@ class Sizes:
 
 
 REHEARSAL = Sizes(matmul=256, preset="demo", latent=8, batch=4, steps=1, sampled=4,
-                  samplers=(("dpmpp", 2), ("ddpm", 3)), channels=(32, 32), vae_batch=2, image=32,
+                  samplers=(("dpmpp", 2), ("ddpm", 3)), channels=(32,), vae_batch=2, image=32,
                   backend="aot_eager", kandinsky=False, rank=2, lora_batches=(2, 2, 2), pixels=(64, 64),
                   pipeline_steps=(2, 2, 2), trained=2)
 

@@ -82,7 +82,7 @@ class Done:
 
 # Starting Python and torch takes seconds. So one process imports the project, and commands are forks of it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sampler", "finetune", "judges", "metrics", "phantom", "vae"])
+FORKS.set_forkserver_preload(["sampler", "finetune", "judges", "metrics", "phantom", "vae", "torch._dynamo"])
 
 
 def ranks(n, script, *flags, limit=150):
