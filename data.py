@@ -43,7 +43,7 @@ CLIP_WORDS = 62         # CLIP is given 64 tokens, two of them mark start and en
 
 @dataclass
 class Record:
-    """One image and all its prompts."""
+    """One image and all its prompts; their paraphrases are read by wording.py."""
     path: Path
     name: str               # file name with its ending: the key of the split and of the captions file
     prompts: list[str]
@@ -61,14 +61,15 @@ def read_folder(folder, captions=None) -> list[Record]:
         if path is None:
             raise BadInput(f"{source}, row {row}: no image {name!r} in {image_folder(folder)}"
                            + hint(name, other_files(folder)))
-        records.setdefault(path.name, Record(path, path.name, [])).prompts.extend(prompts)
+        records.setdefault(path.name, Record(path, path.name, [])).prompts.append(prompts[0])
     if not records:
         raise BadInput(f"{source}: no rows, expected a prompt and a file name in each")
     return list(records.values())
 
 
 def read_rows(folder, source):
-    """(row number, name as written, path or None, prompts) of every row of the captions file, bad or not."""
+    """(row number, name as written, path or None, [prompt, its paraphrase if there is one]) of every row of
+    the captions file, bad or not."""
     find = image_finder(folder)
     for row, name, prompts in (read_jsonl if source.suffix == ".jsonl" else read_csv)(source):
         yield row, name, find(name), prompts
@@ -229,7 +230,7 @@ def csv_fields(path, row, line, delimiter):
 
 
 def read_csv(path):
-    """(row number, image name, prompts) of every row."""
+    """(row number, image name, [prompt, its paraphrase if there is one]) of every row."""
     columns = (FILE_COLUMNS, True), (PROMPT_COLUMNS, True), (("paraphrase",), False)
     for row, (name, prompt, paraphrase) in csv_rows(path, *columns):
         yield row, name, [prompt, *([paraphrase] if paraphrase else [])]
@@ -257,7 +258,7 @@ def read_prompts(path):
 
 
 def read_jsonl(path):
-    """(line number, image name, prompts) of every line {"file_name": ..., "text": ...}."""
+    """The same of every line {"file_name": ..., "text": ...}."""
     for i, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -542,14 +543,15 @@ def write_captions(folder, rows):
 def check(folder, captions, workers):
     """Print what a data folder holds; returns the exit status, 1 if it is unusable for training."""
     source = captions_file(folder, captions)
-    records, missing, unfit, others = {}, [], [], other_files(folder)
+    records, missing, unfit, others, paraphrases = {}, [], [], other_files(folder), []
     for row, name, path, prompts in read_rows(folder, source):
         if path is None:
             missing.append(f"row {row}: {name}{hint(name, others)}")
         elif why := prompt_fault(prompts):
             unfit.append(f"row {row}: {name}: {why}")
         else:
-            records.setdefault(path.name, Record(path, path.name, [])).prompts.extend(prompts)
+            records.setdefault(path.name, Record(path, path.name, [])).prompts.append(prompts[0])
+            paraphrases += prompts[1:]
     records = list(records.values())
 
     def inspect(i):
@@ -569,7 +571,8 @@ def check(folder, captions, workers):
     groups = near_duplicates(records, workers)
     near = [" ~ ".join(records[i].name for i in g) for g in groups]
     held_out = split(records, groups=groups)[1] if records else []
-    texts = Counter(prompt for r in records for prompt in r.prompts)
+    distinct = len({prompt for r in records for prompt in r.prompts})
+    texts = Counter(prompt for r in records for prompt in r.prompts) + Counter(paraphrases)
     unknown = [f"{n} x {text}" for text, n in texts.most_common() if not grammar.parse(text)]
     names = {r.name for r in records}
     unnamed = [p.name for p in list_images(folder) if p.name not in names]
@@ -577,8 +580,9 @@ def check(folder, captions, workers):
     cut = [f"{texts[text]} x without: {' '.join(lost[:6])}" for text, lost in cut.items()]
     counts = [len(r.prompts) for r in records] or [0]
 
-    print(f"{source}\n{len(records)} images, {sum(counts)} prompts, {len(texts)} distinct, "
-          f"{min(counts)} to {max(counts)} an image, {np.mean(counts):.1f} on average")
+    print(f"{source}\n{len(records)} images, {sum(counts)} prompts, {distinct} distinct, "
+          f"{min(counts)} to {max(counts)} an image, {np.mean(counts):.1f} on average"
+          + f"; {len(paraphrases)} paraphrases" * bool(paraphrases))
     print(f"{len(sizes)} sizes, most often " + ", ".join(f"{size} ({n})" for size, n in sizes.most_common(5)))
     print(f"{len(held_out)} images would be held out of training, the largest group of near-duplicates has "
           f"{max(map(len, groups), default=0)}")

@@ -6,7 +6,7 @@ finetune.py then reads what they gave.
 
 from command import BadInput
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from movq import MoVQ, load_movq
 from runfolder import check_savable
 from unet import InItsDtype
 from weights import check_kind, fetch, prior_part
+from wording import Wording
 
 
 @dataclass
@@ -45,11 +46,14 @@ class EncodedData:
     conditions: tuple  # the inputs besides x_t and t, each (n_rows, ...); row 0 is the null condition
     rows: list  # of each image, its rows of the conditions
     black: torch.Tensor | None = None  # CLIP embedding (1, d) of a zero image, the null one of a decoder
+    ways: dict = field(default_factory=dict)  # of a prompt's row: it and the rows of its paraphrases
+    words: Wording = field(default_factory=Wording)  # which of these a step draws
 
     def draw(self, images, p_uncond, generator):
         """A row (b,) of each of the images (b,), row 0 with probability p_uncond (CFG, Algorithm 1)."""
         own = [self.rows[i] for i in images.tolist()]
         drawn = [rows[int(torch.randint(len(rows), (), generator=generator))] for rows in own]
+        drawn = [self.words.choose(self.ways.get(row, [row]), generator) for row in drawn]
         return torch.tensor(drawn).masked_fill(torch.rand(len(drawn), generator=generator) < p_uncond, 0)
 
 
@@ -62,6 +66,7 @@ class EncoderCache:
     """
 
     records: list  # with readable images
+    words: Wording  # that their prompts are said in
     folder: Path  # of the files
     world: training.Distributed
     dtype: torch.dtype  # of the encoders
@@ -80,10 +85,15 @@ class EncoderCache:
         return cached(file, checked, self.world.is_first_here)[0]
 
     def prompts(self):
-        """(the distinct prompts, the empty one first; for each image the positions of its own in them)."""
-        distinct = ["", *sorted({p for r in self.records for p in r.prompts} - {""})]
+        """(the distinct prompts and paraphrases, the empty prompt first; for each image the positions of its
+        own prompts in them; for the position of each prompt, where there are paraphrases, it and theirs)."""
+        ways = {p: self.words.ways(p) for r in self.records for p in r.prompts}
+        distinct = ["", *sorted({way for p in ways for way in ways[p]} - {""})]
         position = {p: i for i, p in enumerate(distinct)}
-        return distinct, [[position[p] for p in r.prompts] for r in self.records]
+        rows = [[position[p] for p in r.prompts] for r in self.records]
+        if not self.words.paraphrases:
+            return distinct, rows, {}
+        return distinct, rows, {position[p]: [position[way] for way in ways[p]] for p in ways}
 
     def images(self):
         """CLIP embeddings (n + 1, d): of a zero image, the decoder's null condition, then of the images."""
@@ -134,7 +144,7 @@ def prior_data(args, prior, folder, encoders):
     """x_0: normalised image embeddings (n, d). Conditions: CLIP embedding, states and mask of a prompt."""
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-    prompts, rows = encoders.prompts()
+    prompts, rows, ways = encoders.prompts()
     text_folder, tokenizer_folder = prior_part(folder, "text_encoder"), prior_part(folder, "tokenizer")
     tokenizer = load_transformer(CLIPTokenizer, tokenizer_folder)
 
@@ -151,8 +161,8 @@ def prior_data(args, prior, folder, encoders):
     if encoders.world.is_main:
         warn_of_cut(tokenizer, prompts, texts["states"].shape[1])
     embeds = encoders.images()
-    conditions = texts["embeds"], texts["states"], texts["mask"]
-    return EncodedData(prior.normalise(embeds[1:].float()), conditions, rows, embeds[:1])
+    x_0, conditions = prior.normalise(embeds[1:].float()), (texts["embeds"], texts["states"], texts["mask"])
+    return EncodedData(x_0, conditions, rows, embeds[:1], ways, encoders.words)
 
 
 @torch.no_grad()
@@ -169,7 +179,7 @@ def unet3_data(args, unet, folder, encoders):
     from transformers import T5Tokenizer
 
     latents = encoders.latents(folder, args.size)
-    prompts, rows = encoders.prompts()
+    prompts, rows, ways = encoders.prompts()
     text_dtype = torch.float32 if encoders.dtype == torch.float32 else torch.bfloat16
     text_device = args.text_device or encoders.world.device
     tokenizer = load_transformer(T5Tokenizer, folder / "tokenizer")
@@ -179,7 +189,8 @@ def unet3_data(args, unet, folder, encoders):
     check_savable(f"{folder / 'text_encoder'}, text states", dict(zip(prompts[1:], texts, strict=True)))
     texts = [texts[0][:0], *texts]  # the null condition has no token
     lengths = torch.tensor([min(len(x) + 1, pipeline.n_tokens) for x in texts])
-    return EncodedData(latents, (*pad_texts(texts, int(lengths.max())), lengths), rows)
+    conditions = *pad_texts(texts, int(lengths.max())), lengths
+    return EncodedData(latents, conditions, rows, None, ways, encoders.words)
 
 
 # Sample images

@@ -34,6 +34,7 @@ import data
 import lora
 import msdm
 import training
+import wording
 from diffusion import min_snr_weight, q_sample, target
 from encoded import EncoderCache, Sheets, decoder_data, load_autoencoder, prior_data, unet3_data
 from files import file_hash, folder_hash, load_safetensors, making, read_json, save_safetensors
@@ -51,7 +52,7 @@ class Task:
 
     network: nn.Module
     objective: object  # draw_batch(indices, draws) -> Batch, loss(on_device(part of it)) -> scalar
-    held_out: training.Batch
+    held_out: dict  # validation batches, by the name of their loss
     names: list  # of the training images; draw_batch takes indices below their number
     dtype: torch.dtype | None = None  # that the objective computes in; None: training.autocast's
     save_samples: object = None  # save_samples(step), if images are to be sampled and the networks are there
@@ -63,15 +64,16 @@ class Task:
 def msdm_task(args, world):
     """(run, task) for a checkpoint of msdm.py; latents and captions are prepared as in its own training."""
     with world.together():
+        words = wording.read(args)
         model = msdm.load(args.model, world.device, args.text_encoder)
         inject(model.unet, args)
         source = file_hash(args.model)
     train, val, fingerprint = training.read_data(args, world)
-    run = start_run(args, world, fingerprint, weights=source)
+    run = start_run(args, world, words.fingerprint(fingerprint), weights=source)
     folder = Path(args.cache or run.folder)
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
-    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond)
+    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond, words)
     objective = msdm.Objective(model, latents, captions, args)
     return run, Task(model.unet, objective, objective.held_out(val_latents, val), [r.name for r in train],
                      save_samples=lambda step: msdm.save_samples(run, step, model, val, args))
@@ -114,10 +116,15 @@ class Objective:
         return training.Batch(images=images, t=torch.stack(t), eps=torch.stack(eps), rows=torch.cat(rows))
 
     def held_out(self, images):
-        """A validation batch: each image with its first condition, at fixed times and noise."""
+        """Validation batches, by the name of their loss: each image with its first condition and, where
+        there are any, with a paraphrase of that; at fixed times and noise."""
         t, eps = training.fixed_noise(len(images), self.encoded.x_0.shape[1:], len(self.alpha_bar))
-        rows = torch.tensor([self.encoded.rows[i][0] for i in images.tolist()])
-        return training.Batch(images=images, t=t, eps=eps, rows=rows)
+        rows, ways = {"val_loss": [self.encoded.rows[i][0] for i in images.tolist()]}, self.encoded.ways
+        if ways:
+            said = [self.encoded.words.held_out(ways[row], i) for i, row in enumerate(rows["val_loss"])]
+            rows["val_loss_paraphrases"] = said
+        return {name: training.Batch(images=images, t=t, eps=eps, rows=torch.tensor(own))
+                for name, own in rows.items()}
 
     def on_device(self, batch):
         """A batch, or a part of one, as loss reads it: latents and conditions themselves, on the device."""
@@ -151,6 +158,7 @@ def kandinsky_task(args, world):
     with world.together():
         if not args.init:
             lora.config_of(args)  # bad flags fail before anything is read
+        words = wording.read(args)
         dtype = base_dtype(args, world.device)
         folder = fetch(args.model, dtype)
         clip = fetch(args.prior, dtype) if args.network == "decoder" else folder
@@ -174,8 +182,8 @@ def kandinsky_task(args, world):
             hashes[f"{name}_hash"] = folder_hash(prior_part(clip, name) if of_clip else own(folder, name))
         if args.epochs:
             args.steps = steps_of(args, sum(len(readable[i].prompts) for i in images.tolist()), world)
-    run = start_run(args, world, fingerprint, dtype=str(dtype), **hashes)
-    encoders = EncoderCache(readable, Path(args.cache or run.folder), world, dtype, clip, movq)
+    run = start_run(args, world, words.fingerprint(fingerprint), dtype=str(dtype), **hashes)
+    encoders = EncoderCache(readable, words, Path(args.cache or run.folder), world, dtype, clip, movq)
     encoded = world.main_first(lambda: encode(args, network, folder, encoders))
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
     objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
@@ -249,9 +257,9 @@ def train(args):
 
     def validate():
         network.eval()
-        val_loss = training.validate(objective, task.held_out, args.batch_size, world)
+        losses = training.validate(objective, task.held_out, args.batch_size, world)
         network.train()
-        return val_loss
+        return losses
 
     def save(name):
         check_savable(run.folder / name, params)
@@ -264,7 +272,7 @@ def train(args):
     def checkpoint(step):
         take_step.settle()
         with ema.applied():
-            run.keep(step, validate(), save)
+            run.keep(step, save=save, **validate())
         run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
 
@@ -277,10 +285,10 @@ def train(args):
 
     start = run.restore(params, take_step, ema)
     if not start and not (run.folder / "metrics.jsonl").exists():
-        val_loss = validate()  # of --init, or of a fresh adapter the base's: B = 0
+        losses = validate()  # of --init, or of a fresh adapter the base's: B = 0
         source = args.init or f"{args.model} without an adapter"
-        check_savable(source, {"the validation loss": torch.tensor(val_loss)})
-        run.log(step=0, val_loss=val_loss)
+        check_savable(source, {"the validation loss": torch.tensor(losses["val_loss"])})
+        run.log(step=0, **losses)
     sample(start)  # where a kill left none
     loop = training.Loop(f"{args.network} adapter", start, args.steps, world, args.minutes)
     loop.run(take_step, objective.draw_batch, task.names, run, args, checkpoint)
@@ -360,6 +368,8 @@ def add_kandinsky_flags(parser, flag, network):
         parser.add_argument("--decoder-lora", help="adapter folder of that decoder")
     if network == "decoder":
         parser.add_argument("--prior", required=True, help="prior folder of 2.2, for its image encoder")
+    if network != "decoder":  # which reads no prompts
+        wording.add_flags(parser)
     if network == "unet3":
         parser.add_argument("--text-device", help="device of the text encoder; None: --device")
     parser.add_argument("--min-snr-gamma", type=float, default=5.0,

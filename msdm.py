@@ -24,6 +24,7 @@ import data
 import training
 import unet as unets
 import vae as vaes
+import wording
 from diffusion import (
     SOLVERS,
     denoiser,
@@ -45,6 +46,7 @@ from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_
 from unet import InItsDtype, UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
 from weights import check_fields, check_format, described_by, load_state
+from wording import Wording
 
 # The model
 
@@ -318,16 +320,20 @@ class CaptionSampler:
     An image's caption joins up to `join` of its prompts, or is empty with probability p_uncond. The output of
     a frozen encoder is cached, unless captions are joined or it takes more than CACHE bytes, as CLIP ViT-L's
     for 5,400 prompts: then they are encoded with each batch, which adds a twentieth to the work of a step.
+    words: how the prompts are said, see wording.py.
     """
 
     CACHE = 1 << 30
 
-    def __init__(self, records, val_records, text, join, p_uncond):
+    def __init__(self, records, val_records, text, join, p_uncond, words=None):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
-        self.cache = None
-        warn_of_cut(text, (" ".join(sorted(r.prompts, key=len)[-join:]) for r in (*records, *val_records)))
+        self.words, self.cache = words or Wording(), None
+        ways = {p: self.words.ways(p) for r in (*records, *val_records) for p in r.prompts}
+        longest = {p: max(ways[p], key=len) for p in ways}
+        warn_of_cut(text, (" ".join(sorted((longest[p] for p in r.prompts), key=len)[-join:])
+                           for r in (*records, *val_records)))
         if join == 1 and not any(p.requires_grad for p in text.parameters()):
-            distinct = sorted({p for r in (*records, *val_records) for p in r.prompts} | {""})
+            distinct = sorted({way for p in ways for way in ways[p]} | {""})
             if len(distinct) * text([""])[0].nbytes > self.CACHE:
                 return
             self.rows = {p: i for i, p in enumerate(distinct)}
@@ -342,7 +348,8 @@ class CaptionSampler:
             own = self.records[i].prompts
             n = int(torch.randint(1, 1 + min(self.join, len(own)), (), generator=generator))
             chosen = torch.randperm(len(own), generator=generator)[:n].tolist()
-            prompts.append(" ".join(own[j] for j in chosen))
+            said = [self.words.choose(self.words.ways(own[j]), generator) for j in chosen]
+            prompts.append(" ".join(said))
         return data.drop_context(prompts, self.p_uncond, generator)
 
     def fields(self, prompts):
@@ -408,11 +415,16 @@ class Objective:
                               **self.captions.fields(prompts))
 
     def held_out(self, latents, records):
-        """Validation batch: mean latents, first captions, fixed times and noise, no self-conditioning."""
+        """Validation batches, by the name of their loss: on first captions and, where there are any, on
+        paraphrases of these; mean latents, fixed times and noise, no self-conditioning."""
         x_0 = self.scale * latents[:, 0].float().chunk(2, dim=1)[0]
         t, eps = training.fixed_noise(len(x_0), x_0.shape[1:], self.model.T)
-        return training.Batch(x_0=x_0, t=t, eps=eps, fed=[False] * len(x_0),
-                              **self.captions.fields([r.prompts[0] for r in records]))
+        words, texts = self.captions.words, {"val_loss": [r.prompts[0] for r in records]}
+        if words.paraphrases:
+            said = [words.held_out(words.ways(p), i) for i, p in enumerate(texts["val_loss"])]
+            texts["val_loss_paraphrases"] = said
+        return {name: training.Batch(x_0=x_0, t=t, eps=eps, fed=[False] * len(x_0),
+                                     **self.captions.fields(prompts)) for name, prompts in texts.items()}
 
     def on_device(self, batch):
         """A batch, or a part of one, as loss reads it: the rows that are fed back come first."""
@@ -475,9 +487,11 @@ def train(args):
     world = training.start(args.device)
     device = world.device
     with world.together():
+        words = wording.read(args)
         base, vae, frozen = given_parts(args, device)
         source = file_hash(args.init or args.vae)
     train_records, val_records, fingerprint = training.read_data(args, world)
+    fingerprint = words.fingerprint(fingerprint)
     text = base.text if base else frozen
     settings = training.settings_of(args) | {
         "source": source, "text_weights": text.weights if text and not text.trained else "train"}
@@ -485,12 +499,13 @@ def train(args):
     latents, train_records, val_latents, val_records = both_latents(
         train_records, val_records, args, vae, source, run.folder, world)
     torch.manual_seed(training.step_seed("weights", args.seed))
-    model = base or new_model(args, vae, frozen, [p for r in train_records for p in r.prompts]).to(device)
+    prompts = dict.fromkeys(p for r in train_records for p in r.prompts)
+    model = base or new_model(args, vae, frozen, [way for p in prompts for way in words.ways(p)]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = Optimizers(params, args.lr, args.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, args.ema_decay)
-    captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond)
+    captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond, words)
     objective = Objective(model, latents, captions, args)
     if args.compile:
         objective.trained = torch.compile(model.unet, dynamic=False)
@@ -502,9 +517,9 @@ def train(args):
         take_step.settle()
         model.eval()
         with ema.applied():
-            val_loss = training.validate(objective, held_out, args.batch_size, world)
-            meta = model.metadata() | {"step": step, "val_loss": val_loss, "data": fingerprint}
-            run.keep(step, val_loss, lambda name: run.save_checkpoint(name, model.tensors(), meta))
+            losses = training.validate(objective, held_out, args.batch_size, world)
+            meta = model.metadata() | {"step": step, "val_loss": losses["val_loss"], "data": fingerprint}
+            run.keep(step, save=lambda name: run.save_checkpoint(name, model.tensors(), meta), **losses)
         run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
 
@@ -538,6 +553,7 @@ def add_flags(parser, flag):
                         help="how an image becomes a square")
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     flag("views", "copies of an image, each with its own jitter, among the cached latents", type=int)
+    wording.add_flags(parser)
     flag("join", "join up to this number of an image's prompts into one caption", type=int)
     flag("p_uncond", "share of captions made empty, for classifier-free guidance", type=float)
     flag("loss", "absolute (l1) or squared (l2) error", choices=("l1", "l2"))

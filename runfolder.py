@@ -75,9 +75,9 @@ class Run:
     trained, for the model card. like: the folder of a run that is repeated.
     """
 
-    FREE = ("data", "captions", "vae", "init", "model", "prior", "cache", "perceptual", "text_encoder",
-            "text_device", "steps", "epochs", "minutes", "accumulate", "device", "compile", "log_every",
-            "save_every", "shown", "sample_steps", "decoder", "decoder_lora")
+    FREE = ("data", "captions", "paraphrases", "vae", "init", "model", "prior", "cache", "perceptual",
+            "text_encoder", "text_device", "steps", "epochs", "minutes", "accumulate", "device", "compile",
+            "log_every", "save_every", "shown", "sample_steps", "decoder", "decoder_lora")
 
     def __init__(self, folder, settings: dict, fingerprint: str, world, kind="Model", like=None):
         self.folder, self.world, self.kind, self.best = Path(folder), world, kind, math.inf

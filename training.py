@@ -414,11 +414,13 @@ def fixed_noise(n, shape, T):
 
 @torch.no_grad()
 def validate(objective, held_out, batch_size, world):
-    """The mean of an objective's loss over a held-out batch, whose parts the ranks share."""
-    own = data.batches(len(held_out), batch_size)[world.rank::world.size]
-    parts = [held_out[part] for part in own]
-    total = sum(objective.loss(objective.on_device(part)).item() * len(part) for part in parts)
-    return world.size * world.mean(total) / len(held_out)
+    """The means of an objective's loss over held-out batches, both by name; the ranks share their parts."""
+    losses = {}
+    for name, batch in held_out.items():
+        parts = [batch[part] for part in data.batches(len(batch), batch_size)[world.rank::world.size]]
+        total = sum(objective.loss(objective.on_device(part)).item() * len(part) for part in parts)
+        losses[name] = world.size * world.mean(total) / len(batch)
+    return losses
 
 
 class EMA:

@@ -67,10 +67,10 @@ def test_every_dialect_of_csv_reads_the_same(folder, delimiter, start, end, head
     assert records[0].path == folder / "images" / "a.jpg"
 
 
-def test_columns_may_stand_in_any_order_and_a_paraphrase_is_one_more_prompt(folder):
+def test_columns_may_stand_in_any_order_and_a_paraphrase_is_not_a_prompt(folder):
     rows = [("a.jpg", "one", "another one"), ("b", "two", "")]
     write(folder / "prompt-gt.csv", ("Filename", "Prompt", "Paraphrase"), rows, ",")
-    assert [r.prompts for r in data.read_folder(folder)] == [["one", "another one"], ["two"]]
+    assert [r.prompts for r in data.read_folder(folder)] == [["one"], ["two"]]
 
 
 def test_which_captions_file_is_read(folder):
