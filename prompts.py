@@ -366,51 +366,75 @@ SHOWN = ("{make} {image} {with} {it}.", "{make} {image} {with} {it}.", "{image} 
 HIDDEN = ("{make} {image} {without} {it}.", "{make} {image} {without} {it}.", "{image} {without} {it}.",
           "{this} {lacks} {it}.", "There {be} no {it} in {this}.", "No {it} {be} {seen}.",
           "No {it} {be} {seen} in {this}.")
-PROCEDURE = ("{make} {image} {from} a {it}{exam}.", "{make} {image} {from} a {it}{exam}.",
-             "{make} a {it} {view}.", "{image} {from} a {it}{exam}.",
+PROCEDURE = ("{make} {scan} {from} a {it}{exam}.", "{make} {scan} {from} a {it}{exam}.",
+             "{make} a {it} {view}.", "{scan} {from} a {it}{exam}.",
              "{this} comes from a {it}{exam}.", "A {view} {from} a {it}{exam}.")
 WORDS = {word: choices.split(" | ") for word, choices in {
-    "make": "Generate | Create | Produce | Render | Draw | Synthesize | Make | Please generate | I need"
-            " | Give me",
+    "make": "Generate | Create | Produce | Render | Synthesize | Make | Please generate | I need | Give me",
     "image": "an image | a picture | a realistic image | an endoscopic image | a frame | a clinical image"
-             " | a video frame | an endoscopic view | a photo from an endoscopy | an endoscopy picture",
+             " | a video frame | an endoscopic view | an endoscopic photo | an endoscopy image",
+    "scan": "an image | a picture | a realistic image | a frame | a clinical image | a video frame | a still"
+            " | a photo",
     "this": "the image | the picture | this endoscopic view | the frame | this image | the scene",
     "with": "with | showing | containing | that shows | that contains | depicting | displaying | that has",
     "shows": "shows | contains | depicts | displays | features | has | should show | should contain",
-    "seen": "visible | present | shown | seen | in view",
+    "seen": "visible | present | shown | seen | evident",
     "without": "without any | with no | free of any | not containing any | not showing any | that shows no",
-    "lacks": "lacks any | does not contain any | does not show any | contains no | shows no"
+    "lacks": "does not contain any | does not show any | contains no | shows no"
              " | should not contain any",
-    "from": "from | taken during | captured during | recorded in | acquired during | of",
+    "from": "from | taken during | captured during | recorded during | acquired during | of",
     "exam": " |  procedure |  examination |  exam",
     "view": "image | picture | frame | view | photo | still",
-    "in": "located in | in | situated in | lying in | found in | positioned in | which is located in",
-    "abnormality": "an abnormality | a lesion | an abnormal area | an anomaly | an abnormal region",
-    "instrument": "an instrument | a medical instrument | an endoscopic instrument | a tool | a device",
-    "landmark": "an anatomical landmark | a landmark | an anatomic landmark"
-                " | one of the anatomical landmarks",
-    "colored": "colored | in | in shades of | that appears | with tones of | with a color of",
-    "size": "of size | sized | measuring | with a size of | with a diameter of | in the size class",
-    "< 5mm": "< 5mm | less than 5 mm | under 5mm | smaller than 5 mm | below 5mm",
-    "5-10mm": "5-10mm | 5 to 10 mm | 5-10 mm | between 5 and 10 mm",
-    "11-20mm": "11-20mm | 11 to 20 mm | 11-20 mm | between 11 and 20 mm",
-    ">20mm": ">20mm | more than 20 mm | over 20mm | larger than 20 mm | greater than 20mm",
-    "type": "of | classified as | categorized as | graded as | described as",
+    "in": "located in | in | situated in | lying in | positioned in | which is located in",
+    "abnormality": "an abnormality | a lesion | an abnormal area | an abnormal finding | an abnormal region",
+    "lesion": "lesion | abnormality",
+    "instrument": "an instrument | a medical instrument | an endoscopic instrument | a tool"
+                  " | an endoscopic tool",
+    "landmark": "an anatomical landmark | a landmark | an anatomic landmark",
+    "colored": "colored | in shades of | that appears | with tones of | that is",
+    "size": "of size | measuring | with a size of | with a diameter of",
+    "< 5mm": "< 5 mm | less than 5 mm | under 5 mm",
+    "5-10mm": "5-10 mm | 5 to 10 mm | between 5 and 10 mm",
+    "11-20mm": "11-20 mm | 11 to 20 mm | between 11 and 20 mm",
+    ">20mm": "> 20 mm | more than 20 mm | over 20 mm",
+    "polyp < 5mm": "a polyp smaller than 5 mm | a polyp of less than 5 mm",
+    "polyp 5-10mm": "a 5-10 mm polyp | a polyp of 5 to 10 mm | a polyp between 5 and 10 mm",
+    "polyp 11-20mm": "an 11-20 mm polyp | a polyp of 11 to 20 mm | a polyp between 11 and 20 mm",
+    "polyp >20mm": "a polyp larger than 20 mm | a polyp of more than 20 mm",
+    "type": "of | classified as | categorized as | described as",
     "one": "1 | one | a single | exactly one | just one | only one",
-    "findings": "findings | endoscopic findings | separate findings | distinct findings",
+    "findings": "findings | endoscopic findings",
     "instruments": "instruments | medical instruments | endoscopic instruments | tools | endoscopic tools",
-    "polyps": "polyps | mucosal polyps | separate polyps | distinct polyps",
+    "polyps": "polyps | mucosal polyps",
+    "distinct": " | separate | distinct",
     "box": "green/black box artefact | green/black box | green and black box | black/green box artifact",
     "text": "text | text overlay | written text | lettering | overlaid text | burnt-in text"
             " | text annotation",
+    "a text": "text | a text overlay | written text | lettering | overlaid text | burnt-in text"
+              " | a text annotation",
+    "polyp": "a polyp | a mucosal polyp",
+    "polyp snare": "a polyp snare | a polypectomy snare | a snare",
+    "biopsy forceps": "biopsy forceps",
+    "metal clip": "a metal clip | a metallic clip",
+    "injection needle": "an injection needle | a needle",
+    "tube": "a tube",
+    "ulcerative colitis": "ulcerative colitis",
+    "oesophagitis": "oesophagitis | esophagitis",
+    "barretts": "Barrett's oesophagus | Barrett's esophagus",
+    "z-line": "the z-line | the Z-line",
+    "cecum": "the cecum | the caecum",
+    "ileum": "the ileum",
+    "pylorus": "the pylorus",
 }.items()}
 
 
 def paraphrase(text: str, n: int, seed: int) -> list[str]:
     """n distinct prompts with the attributes of text, the same for the same seed; fewer where the frames give
-    no more. Of a text outside the grammar only the text itself is returned."""
+    no more. Of a text outside the grammar, or with a name that is not in NAMES, only the text itself is
+    returned."""
     attributes, rng, out = parse(text), random.Random(f"{seed} {text}"), {}
-    for _ in range(50 + 20 * n if attributes else 0):
+    known = attributes and set(attributes.get("contains", [])) <= NAMES.keys()
+    for _ in range(50 + 20 * n if known else 0):
         if len(out) == n:
             break
         candidate = " ".join(_rephrase(key, value, rng) for key, value in _ideas(attributes))
@@ -424,22 +448,30 @@ def _rephrase(key, value, rng):
     frames, many = SHOWN, False
     if key == "procedure":
         frames, it = PROCEDURE, value
-    elif key in ("text", "box"):
-        frames, it = (SHOWN if value else HIDDEN), ("a {box}" if key == "box" and value else f"{{{key}}}")
+    elif key == "text":
+        frames, it = (SHOWN, "{a text}") if value else (HIDDEN, "{text}")
+    elif key == "box":
+        frames, it = (SHOWN, "a {box}") if value else (HIDDEN, "{box}")
     elif key.startswith("n_"):
         frames, it, many = (SHOWN if value else HIDDEN), rng.choice(WORDS[key[2:]]), value != 1
         number = rng.choice((str(value), NUMBERS[value] if value < len(NUMBERS) else f"exactly {value}"))
+        if value > 1 and len(it.split()) == 1:
+            it = f"{{distinct}} {it}".strip()
         it = it if value == 0 else f"{number} {it}" if many else f"{{one}} {it.removesuffix('s')}"
     elif key == "contains":
-        it = _and([ARTICLES.get(name, "") + name for name in value], rng.choice((" and ", " as well as ")))
-        many = len(value) > 1
+        it, many = _and([f"{{{name}}}" for name in value]), len(value) > 1 or value == ["biopsy forceps"]
+        if len(value) > 1 or KIND[value[0]] == "landmark":  # not "there is the z-line"
+            frames = [frame for frame in SHOWN if not frame.startswith("There")]
     elif key == "colors":
-        it = f"{{abnormality}} {{colored}} {_and(value)}"
+        it = rng.choice((f"{{abnormality}} {{colored}} {_and(value)}", f"a {_and(value)} {{lesion}}"))
+    elif key == "sizes" and len(value) == 1 and rng.random() < 0.4:
+        it = f"{{polyp {value[0]}}}"
     elif key == "sizes":
         it, many = f"{_polyps(value)} {{size}} {_and([f'{{{size}}}' for size in value])}", len(value) > 1
     elif key == "paris":
-        types = _and([{"is": "Is", "ip": "Ip", "iia": "IIa"}[t] for t in value])
-        it, many = f"{_polyps(value)} {{type}} Paris type{'s' * (len(value) > 1)} {types}", len(value) > 1
+        types, s = _and([{"is": "Is", "ip": "Ip", "iia": "IIa"}[t] for t in value]), "s" * (len(value) > 1)
+        it = rng.choice((f"{{type}} Paris type{s} {types}", f"with Paris classification {types}"))
+        it, many = f"{_polyps(value)} {it}", len(value) > 1
     else:
         cells = _and(value, rng.choice((" and ", ", and ") if len(value) > 2 else (" and ",)))
         for word, other in rng.choice(((), (("-", " "),), (("upper", "top"), ("lower", "bottom")))):
@@ -448,4 +480,9 @@ def _rephrase(key, value, rng):
     slots, sentence = {"it": it, "be": "are" if many else "is"}, rng.choice(frames)
     while "{" in sentence:
         sentence = re.sub(r"\{(.+?)\}", lambda m: slots.get(m[1]) or rng.choice(WORDS[m[1]]), sentence)
+    sentence = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", " ".join(sentence.split()))
+    first, _, rest = sentence.partition(" ")
+    if first.isdigit():  # no sentence begins with a figure
+        first = NUMBERS[int(first)] if int(first) < len(NUMBERS) else f"exactly {first}"
+        sentence = f"{first} {rest}"
     return sentence[0].upper() + sentence[1:]

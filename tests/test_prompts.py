@@ -1,6 +1,7 @@
 """The grammar reads what it writes, every real prompt of the task, and plain English beside them."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,27 @@ def test_paraphrases_depend_on_the_seed_alone():
 def test_a_name_that_the_frames_do_not_know_comes_back_alone():
     prompt = "Generate an image containing haemorrhoids."
     assert paraphrase(prompt, 5, 0) == [prompt]
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [
+    ("Generate an image with no polyps.", r"(?!.*(separate|distinct|polyps? is)).*polyps"),  # of none
+    ("Generate an image with 1 polyp.", r"(?!.*(separate|distinct|polyps|\bare\b)).*polyp"),
+    ("Generate an image with 5 polyps.", r"[A-Z](?!.*polyps is)"),  # no sentence begins with a figure
+    ("Generate an image containing biopsy forceps.", r"(?!.*(a biopsy|is (visible|seen)))"),
+    ("Generate an image containing polyp snareandtube.", r".*\b[Aa] (polyp(ectomy)? )?snare and a tube"),
+    ("Generate an image containing injection needle.", r".*\b[Aa](n injection)? needle"),
+    ("Generate an image containing the z-line.", r"(?!There).*\bthe [zZ]-line\b|The [zZ]-line"),
+    ("Generate an image with an abnormality with the colors orange and red.",
+     r".*(An|an) orange and red|.*orange and red"),
+    ("Generate an image from a colonoscopy procedure.", r"(?!A image|.*endoscopic (image|photo))"),
+])
+def test_paraphrases_are_english(prompt, expected):
+    for text in paraphrase(prompt, 100, 0):
+        assert re.match(expected, text) and text.endswith(".") and "  " not in text, text
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou1]|\ban? an?\b", text), text
+
+
+@pytest.mark.parametrize("name", ["{it}", "{nobody}", "{", "haemorrhoids"])
+def test_braces_in_a_prompt_are_no_frames(name):
+    prompt = f"Generate an image containing {name}."
+    assert paraphrase(prompt, 3, 0) == [prompt]
