@@ -1,6 +1,9 @@
-"""kvasir.py: prompts that are true by the mask, on scenes drawn here and on the real images."""
+"""kvasir.py: prompts that are true by the mask, by the answers, by the class, on folders drawn here and on
+the real images."""
 
 from command import BadInput
+
+import json
 
 import numpy as np
 import pytest
@@ -163,3 +166,176 @@ def test_real_masks():
             found |= prompts.parse(prompt)
         assert found["n_polyps"] == found["n_findings"] == polyps and found["abnormality_cells"], name
         assert box is None or found["box"] == box, name
+
+
+# Kvasir-VQA and HyperKvasir, in the layouts that are published
+
+PLACES = "Where in the image is the abnormality?"
+COLOR = "What color is the abnormality? If more than one separate with ;"
+ROWS = [  # of one image: question, answer, the attributes that its prompt says
+    ("How many polyps are in the image?", "2", {"n_polyps": 2}),
+    ("How many findings are present?", "0", {"n_findings": 0}),
+    ("How many instrumnets are in the image?", "0", {"n_instruments": 0}),
+    (PLACES, "center; center-left", {"abnormality_cells": ["center", "center-left"]}),
+    ("Where in the image is the instrument?", "none", None),
+    ("Where in the image is the anatomical landmark?", "lower-right;", {"landmark_cells": ["lower-right"]}),
+    (COLOR, "pale pink; red; flesh", {"colors": ["pink", "red"]}),
+    ("What is the size of the polyp?", "<5mm; 11-20mm", {"sizes": ["< 5mm", "11-20mm"]}),
+    ("What type of polyp is present?", "paris iia", {"paris": ["iia"]}),
+    ("What type of procedure is the image taken from?", "Colonoscopy", {"procedure": "colonoscopy"}),
+    ("Is there text?", "yes", {"text": True}),
+    ("Is there a green/black box artefact?", "no", {"box": False}),
+    ("Are there any abnormalities in the image? Check all that are present.", "polyp; hemorrhoids",
+     {"contains": ["polyp", "hemorrhoids"]}),
+    ("Are there any instruments in the image? Check all that are present.", "biopsy forceps; tube",
+     {"contains": ["biopsy forceps", "tube"]}),
+    ("Are there any anatomical landmarks in the image? Check all that are present.", "z-line",
+     {"contains": ["z-line"]}),
+    ("What color is the anatomical landmark? If more than one separate with ;", "pink", None),
+    ("Does this image contain any finding?", "no", {"n_findings": 0}),
+    ("Have all polyps been removed?", "not relevant", None), ("Is this finding easy to detect?", "yes", None),
+    ("What day is it?", "tuesday", None),
+]
+
+
+def vqa_folder(folder, rows, names=("a", "b"), table="metadata.csv"):
+    """rows: (source, question, answer, img_id)."""
+    (folder / "images").mkdir(parents=True)
+    for i, name in enumerate(names):
+        image(i).save(folder / "images" / f"{name}.jpg")
+    columns = ("source", "question", "answer", "img_id")
+    if table.endswith(".jsonl"):
+        text = "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+    else:
+        text = "\n".join(",".join(row) for row in [columns, *rows]) + "\n"
+    (folder / table).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "answers.jsonl"])
+def test_answers_become_the_tasks_own_sentences(tmp_path, capsys, table):
+    rows = [("HyperKvasir", question, answer, "a") for question, answer, _ in ROWS]
+    src, out = vqa_folder(tmp_path / "src", [*rows, ("x", "Is there text?", "no", "gone")],
+                          table=table), tmp_path / "out"
+    kvasir.main(["vqa", "--src", str(src), "--out", str(out)])
+    (record,) = data.read_folder(out)
+    wanted = [attributes for _, _, attributes in ROWS if attributes]
+    assert record.name == "a.jpg" and len(set(record.prompts)) == len(record.prompts) == len(wanted) - 1
+    assert all(prompts.parse(prompt) in wanted for prompt in record.prompts)
+    assert all(attributes in [prompts.parse(prompt) for prompt in record.prompts] for attributes in wanted)
+    assert record.prompts[1] == "Generate an image containing biopsy forcepsandtube."
+    assert (out / "images" / "a.jpg").read_bytes() == (src / "images" / "a.jpg").read_bytes()
+    said = capsys.readouterr().out
+    for line in ("1 images, 14 prompts", "1 parts of answers outside the grammar: colors: flesh",
+                 "3 answers to questions that the grammar has no sentence for",
+                 "1 rows without their image: gone", "1 answers to questions that are not known: What day",
+                 "CC BY-NC 4.0; cite Gautam",
+                 "1 images that no row or caption gives a prompt: b.jpg"):
+        assert line in said, line
+
+
+def test_contradicting_answers_make_no_prompt(tmp_path, capsys):
+    rows = [("x", question, answer, name) for question, answer, name in (
+        ("How many polyps are in the image?", "2", "a"), ("How many polyps are in the image?", "3", "a"),
+        ("How many findings are present?", "1", "b"), ("Does this image contain any finding?", "no", "b"),
+        ("What type of procedure is the image taken from?", "colonoscopy; gastroscopy", "b"),
+        ("Is there text?", "no", "a"), ("Is there text?", "no", "a"), (PLACES, "center", "b"),
+        (PLACES, "center; upper-left", "b"), (COLOR, "red", "b"), (COLOR, "red", "b"))]
+    kvasir.main(["vqa", "--src", str(vqa_folder(tmp_path / "src", rows)), "--out", str(tmp_path / "out")])
+    assert [[prompts.parse(p) for p in r.prompts] for r in data.read_folder(tmp_path / "out")] == [
+        [{"text": False}], [{"colors": ["red"]}]]
+    assert "8 answers that contradict each other" in capsys.readouterr().out
+
+
+def test_captions_of_2025_become_prompts(tmp_path, capsys):
+    src = vqa_folder(tmp_path / "src", [("x", "Is there text?", "no", "a")])
+    (tmp_path / "captions.json").write_text(json.dumps({
+        "a": {"Is there text?": ["no text; none at all", "No  letters.\n"], "Other?": ["No letters.", " "]},
+        "b": {"Is there text?": ["Some text is seen."]}, "gone": {"Is there text?": ["x", "y"]}}))
+    kvasir.main(["vqa", "--src", str(src), "--out", str(tmp_path / "out"), "--captions",
+                 str(tmp_path / "captions.json")])
+    assert [r.prompts for r in data.read_folder(tmp_path / "out")] == [
+        ["Generate an image not containing text.", "no text; none at all", "No letters."],
+        ["Some text is seen."]]
+    said = capsys.readouterr().out
+    assert "2 captions without their image: gone (2)" in said
+    assert "1 captions that cannot be used: a: " in said
+
+
+HEAD = "img_id,question,answer\n"
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda src: (src / "metadata.csv").write_text("img_id,question\na,b\n"), "expected a column answer"),
+    (lambda src: (src / "metadata.csv").unlink(), "expected metadata.csv .* found no table"),
+    (lambda src: (src / "metadata.csv").write_text(HEAD + "z,Is there text?,no\n"), "no row names"),
+    (lambda src: (src / "metadata.csv").write_text(HEAD + "a,Why?,so\n"), "no answer makes"),
+    (lambda src: (src / "images").rename(src / "pictures"), "holds no folder images/"),
+    (lambda src: (src / "metadata.csv").rename(src / "t.jsonl"), "t.jsonl, row 1: not JSON"),
+    (lambda src: (src / "c.json").write_text('{"a": ["red"]}'), "c.json, 'a': expected {img_id"),
+    (lambda src: (src / "c.json").write_text('{"a": {"b": [1]}}'), "c.json, 'a', 'b': expected {img_id"),
+])
+def test_vqa_refuses_before_it_writes(tmp_path, break_it, message):
+    src, out = vqa_folder(tmp_path / "src", [("x", "Is there text?", "no", "a")]), tmp_path / "out"
+    break_it(src)
+    captions = ["--captions", str(src / "c.json")] if (src / "c.json").exists() else []
+    with pytest.raises(BadInput, match=message):
+        kvasir.main(["vqa", "--src", str(src), "--out", str(out), *captions])
+    assert not out.exists()
+
+
+def hyper_folder(folder):
+    rows = ["Video file,Organ,Finding,Classification"]
+    for tract, kind, names in (
+            ("lower-gi-tract", "pathological-findings",
+             ("polyps", "ulcerative-colitis-grade-1-2", "hemorrhoids")),
+            ("lower-gi-tract", "quality-of-mucosal-views", ("bbps-2-3",)),
+            ("upper-gi-tract", "anatomical-landmarks", ("z-line", "retroflex-stomach")),
+            ("upper-gi-tract", "pathological-findings", ("esophagitis-a", "nonsense"))):
+        for name in names:
+            (folder / tract / kind / name).mkdir(parents=True)
+            image(len(rows)).save(folder / tract / kind / name / f"of-{name}.jpg")
+            rows.append(f"of-{name},{tract[:5].title()} GI,{name},{kind}")
+    (folder / "image-labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_classes_become_prompts(tmp_path, capsys):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    table = src / "image-labels.csv"
+    lines = table.read_text().replace("of-polyps,Lower GI,polyps", "of-polyps,Lower GI,cecum").splitlines()
+    table.write_text("\n".join([*(x for x in lines if "of-z-line" not in x), "lost,Lower GI,polyps,x"]))
+    kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
+    colon, stomach = ({"procedure": name} for name in ("colonoscopy", "gastroscopy"))
+    assert {r.name: [prompts.parse(p) for p in r.prompts] for r in data.read_folder(out)} == {
+        "of-ulcerative-colitis-grade-1-2.jpg": [{"contains": ["ulcerative colitis"]}, colon],
+        "of-hemorrhoids.jpg": [{"contains": ["hemorrhoids"]}, colon], "of-bbps-2-3.jpg": [colon],
+        "of-z-line.jpg": [{"contains": ["z-line"]}, stomach], "of-retroflex-stomach.jpg": [stomach],
+        "of-esophagitis-a.jpg": [{"contains": ["oesophagitis"]}, stomach]}
+    said = capsys.readouterr().out
+    for line in ("1 images of a class that is not known: nonsense", "CC BY 4.0; cite Borgli",
+                 "1 images whose folder and row name different classes: polyps, cecum",
+                 "1 images without a row, whose folder was believed: of-z-line.jpg",
+                 "1 rows without their image: lost"):
+        assert line in said, line
+
+
+def test_every_class_is_written_in_the_grammar():
+    assert len(kvasir.CLASSES) == 23
+    assert all(name in kvasir.__doc__ for name in kvasir.CLASSES if "colitis" not in name)
+    for name in set(kvasir.CLASSES.values()) - {None}:
+        assert prompts.parse(prompts.write({"contains": [name]})) == {"contains": [name]}
+
+
+def test_hyper_refuses_before_it_writes(tmp_path):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    command = ["hyper", "--src", str(src), "--out", str(out)]
+    with pytest.raises(BadInput, match="expected the folder labeled-images"):
+        kvasir.main([*command[:2], str(tmp_path), *command[3:]])
+    image().save(src / "upper-gi-tract" / "anatomical-landmarks" / "z-line" / "of-polyps.jpg")
+    with pytest.raises(BadInput, match="expected each name once, got lower-gi-.*of-polyps.jpg and upper"):
+        kvasir.main(command)
+    (src / "image-labels.csv").write_text("Video file,Organ\na,b\n")
+    with pytest.raises(BadInput, match="image-labels.csv, row 1: expected a column finding"):
+        kvasir.main(command)
+    assert not out.exists()
