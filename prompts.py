@@ -1,4 +1,5 @@
-"""The grammar of the task's prompts: parse a text into attributes, write attributes as text, paraphrase.
+"""The grammar of the task's prompts: parse a text into attributes, write attributes as text, paraphrase,
+mirror the places.
 
 The prompts of ImageCLEFmed MEDVQA-GI 2024 are sentences such as "Generate an image with 2 polyps.".
 Attributes are a dict that holds only what a prompt mentions:
@@ -215,10 +216,8 @@ class Token:
 
 def parse(text: str) -> dict:
     """The attributes of a prompt; of several sentences the union, without values that contradict others."""
-    text, found, contradicted = unicodedata.normalize("NFKC", " ".join(text.lower().split())), {}, set()
-    for pattern, better in SPELLING:
-        text = pattern.sub(better, text)
-    for sentence in SENTENCE_END.split(text):
+    found, contradicted = {}, set()
+    for sentence in _sentences(text):
         for key, value in _read_sentence(sentence):
             if key in ("contains", "colors", "sizes", "paris") or key.endswith("_cells"):
                 found.setdefault(key, {})[value] = True
@@ -226,6 +225,14 @@ def parse(text: str) -> dict:
                 contradicted.add(key)
     return {key: list(found[key]) if isinstance(found[key], dict) else found[key]
             for key in SENTENCES if key in found and key not in contradicted}
+
+
+def _sentences(text):
+    """The sentences of a text, in one spelling."""
+    text = unicodedata.normalize("NFKC", " ".join(text.lower().split()))
+    for pattern, better in SPELLING:
+        text = pattern.sub(better, text)
+    return SENTENCE_END.split(text)
 
 
 def _read_sentence(sentence):
@@ -354,6 +361,44 @@ def _denied(tokens, i):
         nouns.append(tokens[i - 1])
         i -= 2 if i > 1 and tokens[i - 2].kind in ("and", "or") else i
     return nouns
+
+
+# Mirroring: the prompt of the mirrored image
+
+
+SWAPPED = {"horizontal": {"left": "right", "right": "left", "rigth": "left"},
+           "vertical": {"upper": "lower", "lower": "upper", "top": "bottom", "bottom": "top"}}
+SWAPPED["both"] = SWAPPED["horizontal"] | SWAPPED["vertical"]
+# words that tell a side; in a text that parse has understood they are parts of cells and sizes
+SIDES = re.compile(r"(?:left|right|upper|lower|top|bottom)\w*|(?:up|down)(?:wards?)?|above|below|beneath"
+                   r"|under|over|north|south|east|west|o'clock|(?:counter|anti)?clockwise"
+                   r"|(?:horizontal|vertical)(?:ly)?")
+
+
+def mirror(what, axis):
+    """Attributes or a prompt as they are true of the mirrored image.
+
+    axis: "horizontal", left becomes right, "vertical", upper becomes lower, or "both", half a turn. A text
+    gets other words for its sides and keeps the rest, so that mirrored twice it is the same. None for a text
+    that names a side and is not understood ("on the left wall"): nobody knows what is true of its mirror.
+    """
+    def swap(match):
+        word = SWAPPED[axis][match[0].lower()]
+        return word.upper() if match[0].isupper() else word.title() if match[0][0].isupper() else word
+
+    def swapped(text):
+        return re.sub(rf"\b(?:{'|'.join(SWAPPED[axis])})\b", swap, text, flags=re.IGNORECASE)
+
+    if isinstance(what, dict):
+        return {key: [swapped(cell) for cell in value] if key.endswith("_cells") else value
+                for key, value in what.items()}
+    attributes = parse(what)
+    if write(attributes) == what:                           # the data's own sentences, with their typos
+        return write(mirror(attributes, axis))
+    tokens = [token for sentence in _sentences(what) for token in _tokenise(sentence)]
+    words = [word for token in tokens if token.kind == "word" for word in token.value.split("-")]
+    understood = not any(SIDES.fullmatch(word) for word in words)
+    return swapped(what) if understood and parse(swapped(what)) == mirror(attributes, axis) else None
 
 
 # Paraphrasing: frames and synonyms. A {word} stands for one of WORDS, {it} for what the sentence is about.

@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompts import CELL_ORDER, CELLS, COLORS, NAMES, PARIS, SENTENCES, SIZES, paraphrase, parse, write
+from prompts import (
+    CELL_ORDER,
+    CELLS,
+    COLORS,
+    NAMES,
+    PARIS,
+    SENTENCES,
+    SIZES,
+    mirror,
+    paraphrase,
+    parse,
+    write,
+)
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "medvqa-gi-2024-prompts.csv"
 SLIPS = {  # the real prompts that parse and write do not give back letter by letter, and their meaning
@@ -235,3 +247,53 @@ def test_paraphrases_are_english(prompt, expected):
 def test_braces_in_a_prompt_are_no_frames(name):
     prompt = f"Generate an image containing {name}."
     assert paraphrase(prompt, 3, 0) == [prompt]
+
+
+AXES = ("horizontal", "vertical", "both")
+
+
+@pytest.mark.parametrize(("prompt", "axis", "mirrored"), [
+    ("upper-left", "horizontal", "upper-right"), ("upper-left", "vertical", "lower-left"),
+    ("upper-left", "both", "lower-right"), ("center", "both", "center"),
+    ("upper-center", "horizontal", "upper-center"), ("center-right", "horizontal", "center-left"),
+    ("Two large polyps, one in the Top LEFT, below 5mm", "both",
+     "Two large polyps, one in the Bottom RIGHT, below 5mm"),
+    ("Generate an image with an an anatomical landmark located in the lower-left.", "horizontal",
+     "Generate an image with an an anatomical landmark located in the lower-rigth."),
+    ("Generate an image with Pink findings.", "both", "Generate an image with Pink findings."),
+])
+def test_the_sides_of_a_prompt_are_mirrored_and_the_rest_is_kept(prompt, axis, mirrored):
+    if prompt in CELLS:
+        prompt, mirrored = (write({"abnormality_cells": [cell]}) for cell in (prompt, mirrored))
+    assert mirror(prompt, axis) == mirrored
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_real_prompt_mirrored_twice_is_itself_and_its_parse_the_mirrored_parse(real, axis):
+    assert len(real) == 483
+    paraphrased = [q for p in real[::7] for q in paraphrase(p, 5, 0)]
+    for p in real + paraphrased:
+        assert mirror(mirror(p, axis), axis) == p
+        assert parse(mirror(p, axis)) == mirror(parse(p), axis)
+    assert sum(mirror(p, axis) != p for p in real) > 200
+
+
+@given(ATTRIBUTES, st.sampled_from(AXES))
+@settings(deadline=None)
+def test_attributes_and_what_is_written_of_them_are_mirrored_alike(attributes, axis):
+    mirrored = mirror(attributes, axis)
+    assert mirror(mirrored, axis) == attributes and mirrored.keys() == attributes.keys()
+    assert parse(mirror(write(attributes), axis)) == mirrored
+
+
+@pytest.mark.parametrize("text", [
+    "a polyp on the left", "the right colon", "upper endoscopy of a polyp", "a polyp at 3 o'clock",
+    "a left-sided polyp", "the upper half is red", "a polyp under a fold", "a polyp in the upperleft",
+    "a polyp left of the one in the upper-right", "the topmost polyp", "it moves downwards"])
+def test_what_names_a_side_outside_the_grammar_is_not_mirrored(text):
+    assert [mirror(text, axis) for axis in AXES] == [None] * 3
+
+
+def test_what_names_no_side_stays_as_it_is():
+    for text in ("", "a photo of a cat", "polyps of over 20mm", "perhaps a polyp", "no polyp in the center"):
+        assert [mirror(text, axis) for axis in AXES] == [text] * 3
