@@ -3,7 +3,7 @@
 A data folder is images/*.{jpg,jpeg,png} beside a captions file: prompt-gt.csv (Prompt;Filename),
 metadata.jsonl or another .csv. Several rows may belong to one image. Pixels are uint8 RGB; by default the
 whole image, padded to a square with black, because nothing that a prompt names may be cut off. Images are
-never flipped, and their hue is never jittered.
+flipped only where their prompts are too (mirrored.py), and their hue is never jittered.
 
     python data.py check --data data/phantom
 """
@@ -39,6 +39,8 @@ PROMPT_COLUMNS = ("prompt", "text", "caption")
 FILE_COLUMNS = ("filename", "file_name", "image")
 MAX_UNREADABLE = 0.05
 IN_MEMORY = 2 << 30     # bytes of decoded images that a training keeps
+MIRRORED = {"horizontal": Image.Transpose.FLIP_LEFT_RIGHT, "vertical": Image.Transpose.FLIP_TOP_BOTTOM,
+            "both": Image.Transpose.ROTATE_180}
 CLIP_WORDS = 62         # CLIP is given 64 tokens, two of them mark start and end; a word is one token or more
 
 @dataclass
@@ -47,6 +49,7 @@ class Record:
     path: Path
     name: str               # file name with its ending: the key of the split and of the captions file
     prompts: list[str]
+    mirror: str = ""        # the key of MIRRORED by which the image is mirrored, as its prompts are already
 
 
 # Reading a folder
@@ -302,7 +305,7 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, tot
 
     def load(i):
         try:
-            out[i] = read_image(records[i].path, size, crop, (seed, i))
+            out[i] = read_image(records[i], size, crop, (seed, i))
         except BadInput as error:
             if on_bad == "raise":
                 raise
@@ -313,10 +316,16 @@ def load_images(records, size, crop="pad", workers=2, on_bad="skip", seed=0, tot
     return (out, list(records)) if len(keep) == len(records) else (out[keep], [records[i] for i in keep])
 
 
-def read_image(path, size, crop="pad", seed=()):
-    """uint8 tensor (3, size, size) of an image file; a random crop is drawn from the seed."""
+def open_record(record) -> Image.Image:
+    """The image of a record, upright, then mirrored as the record says."""
+    img = open_image(record.path)
+    return img.transpose(MIRRORED[record.mirror]) if record.mirror else img
+
+
+def read_image(record, size, crop="pad", seed=()):
+    """uint8 tensor (3, size, size) of a record's image; a random crop is drawn from the seed."""
     rng = np.random.default_rng(seed) if crop == "random" else None
-    return torch.from_numpy(preprocess(open_image(path), size, crop, rng)).permute(2, 0, 1)
+    return torch.from_numpy(preprocess(open_record(record), size, crop, rng)).permute(2, 0, 1)
 
 
 def leave_out(records, errors, total=None):
@@ -361,7 +370,7 @@ class Images:
                 self.begun[i] = self.pool.submit(self._read, i)
 
     def _read(self, i):
-        return read_image(self.records[i].path, self.size, self.crop, (self.seed, self.indices[i]))
+        return read_image(self.records[i], self.size, self.crop, (self.seed, self.indices[i]))
 
     def __getitem__(self, which):
         """The images of a slice, or of a tensor or list of indices."""
@@ -488,8 +497,9 @@ def fingerprint(records) -> str:
 
 def image_fingerprint(records) -> str:
     """Hash of names and contents of the images alone: what is computed from pixels depends on it."""
-    contents = seen(records)
-    return text_hash(*(json.dumps([r.name, h.hex()]) for r, (h, *_) in zip(records, contents, strict=True)))
+    images = [[r.name, h.hex(), *[r.mirror] * bool(r.mirror)]
+              for r, (h, *_) in zip(records, seen(records), strict=True)]
+    return text_hash(*map(json.dumps, images))
 
 
 # Writing

@@ -65,7 +65,7 @@ class EncoderCache:
     rank of another machine, whose disk is not rank 0's. Where a file cannot be written, each rank runs them.
     """
 
-    records: list  # with readable images
+    records: list  # with readable images; mirrored copies are behind them
     words: Wording  # that their prompts are said in
     folder: Path  # of the files
     world: training.Distributed
@@ -108,7 +108,7 @@ class EncoderCache:
             transform, n = clip_preprocessor(processor_folder), len(self.records)
             embeds = [clip_black(encoder)]
             for part in tqdm(data.batches(n, 32), "image embeddings", disable=n < 500):
-                pixels = [transform(data.open_image(r.path)) for r in self.records[part]]
+                pixels = [transform(data.open_record(r)) for r in self.records[part]]
                 embeds.append(clip_images(encoder, torch.stack(pixels)))
             return {"embeds": torch.cat(embeds)}
 

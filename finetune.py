@@ -32,6 +32,7 @@ from tqdm import tqdm
 import adapters
 import data
 import lora
+import mirrored
 import msdm
 import training
 import wording
@@ -70,12 +71,15 @@ def msdm_task(args, world):
         source = file_hash(args.model)
     train, val, fingerprint = training.read_data(args, world)
     run = start_run(args, world, words.fingerprint(fingerprint), weights=source)
+    with world.together():
+        train, words = mirrored.with_copies(train, args.mirror, args.size, words)
     folder = Path(args.cache or run.folder)
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
     captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond, words)
-    objective = msdm.Objective(model, latents, captions, args)
-    return run, Task(model.unet, objective, objective.held_out(val_latents, val), [r.name for r in train],
+    objective = msdm.Objective(model, latents, captions, args, mirrored.entries(train))
+    names = [r.name for r in train if not r.mirror]
+    return run, Task(model.unet, objective, objective.held_out(val_latents, val), names,
                      save_samples=lambda step: msdm.save_samples(run, step, model, val, args))
 
 
@@ -98,22 +102,26 @@ def loss_fn(network, x_0, condition, t, eps, alpha_bar, prediction, gamma):
 
 
 class Objective:
-    """Draws the batches of encoded data and computes their loss. images: indices of the training images."""
+    """Draws the batches of encoded data and computes their loss. images: indices of the training images;
+    entries: of each image, the rows of the data that show it, its own and its mirrored copies'."""
 
-    def __init__(self, network, encoded, images, schedule, args, device, dtype):
+    def __init__(self, network, encoded, images, schedule, args, device, dtype, entries=None):
         self.network, self.encoded, self.images, self.args = network, encoded, images, args
+        self.entries = entries or [[i] for i in range(len(encoded.x_0))]
         self.device, self.dtype, self.prediction = device, dtype, schedule.prediction
         self.computes_in = torch.float16 if dtype == torch.float16 else None  # None: training.autocast's
         self.alpha_bar = schedule.alpha_bar.float().to(device)
 
     def draw_batch(self, indices, draws):
         """Everything random of a step: times, noise, and the condition of each image."""
-        images, t, eps, rows = self.images[indices], [], [], []
-        for image, g in zip(images, draws, strict=True):
+        images, t, eps, rows = [], [], [], []
+        for image, g in zip(self.images[indices].tolist(), draws, strict=True):
+            images.append(mirrored.draw(self.entries[image], g))
             t.append(torch.randint(len(self.alpha_bar), (), generator=g))
             eps.append(torch.randn(self.encoded.x_0.shape[1:], generator=g))
-            rows.append(self.encoded.draw(image[None], self.args.p_uncond, g))
-        return training.Batch(images=images, t=torch.stack(t), eps=torch.stack(eps), rows=torch.cat(rows))
+            rows.append(self.encoded.draw(torch.tensor(images[-1:]), self.args.p_uncond, g))
+        return training.Batch(images=torch.tensor(images), t=torch.stack(t), eps=torch.stack(eps),
+                              rows=torch.cat(rows))
 
     def held_out(self, images):
         """Validation batches, by the name of their loss: each image with its first condition and, where
@@ -183,10 +191,15 @@ def kandinsky_task(args, world):
         if args.epochs:
             args.steps = steps_of(args, sum(len(readable[i].prompts) for i in images.tolist()), world)
     run = start_run(args, world, words.fingerprint(fingerprint), dtype=str(dtype), **hashes)
-    encoders = EncoderCache(readable, words, Path(args.cache or run.folder), world, dtype, clip, movq)
+    with world.together():
+        learnt = [readable[i] for i in images.tolist()]
+        records, words = mirrored.with_copies(learnt, args.mirror, args.size, words)
+        records = readable + records[len(learnt):]
+    encoders = EncoderCache(records, words, Path(args.cache or run.folder), world, dtype, clip, movq)
     encoded = world.main_first(lambda: encode(args, network, folder, encoders))
     network.to(world.device).gradient_checkpointing = args.gradient_checkpointing
-    objective = Objective(network, encoded, images, schedule, args, world.device, dtype)
+    objective = Objective(network, encoded, images, schedule, args, world.device, dtype,
+                          mirrored.entries(records))
     names = [readable[i].name for i in images.tolist()]
 
     def save_samples(step):
@@ -362,6 +375,7 @@ def add_kandinsky_flags(parser, flag, network):
     flag("ema_decay", "of the averaged adapter", type=float)
     flag("p_uncond", "share of conditions replaced by the null one", type=float)
     flag("size", "side of the images in pixels", type=int)
+    mirrored.add_flag(parser)
     if network == "prior":
         parser.add_argument("--decoder", help="decoder folder of 2.2, which draws the sample images; None: "
                             "there are none")

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import mirrored
 import training
 import unet as unets
 import vae as vaes
@@ -389,10 +390,14 @@ def loss_fn(unet, x_0, text, text_mask, t, eps, alpha_bar, diffusion, loss, n_fe
 
 
 class Objective:
-    """The random batch of a step, from the latents and captions of a data folder, and its loss."""
+    """The random batch of a step, from the latents and captions of a data folder, and its loss.
 
-    def __init__(self, model, latents, captions, args):
+    entries: of each image, the rows of latents and captions that show it: its own and its mirrored copies'.
+    """
+
+    def __init__(self, model, latents, captions, args, entries=None):
         self.model, self.latents, self.captions, self.args = model, latents, captions, args
+        self.entries = entries or [[i] for i in range(len(latents))]
         self.trained = model.unet  # the U-Net in training mode, perhaps compiled
         self.alpha_bar = model.diffusion.alpha_bar().float().to(model.device)
         self.scale = model.vae.latent_scale.cpu()
@@ -401,14 +406,15 @@ class Objective:
         """Everything random of a step on the images `indices`, as a Batch of CPU tensors."""
         n, views, *shape = self.latents.shape
         shape[0] //= 2  # mean and log-variance
-        view, noise, t, eps, prompts = [], [], [], [], []
-        for i, g in zip(indices, draws, strict=True):
+        rows, view, noise, t, eps, prompts = [], [], [], [], [], []
+        for i, g in zip(indices.tolist(), draws, strict=True):
+            rows.append(mirrored.draw(self.entries[i], g))
             view.append(torch.randint(views, (), generator=g))
             noise.append(torch.randn(shape, generator=g))
             t.append(sample_timesteps(1, self.model.T, self.args.logit_normal, g))
             eps.append(torch.randn(shape, generator=g))
-            prompts += self.captions.draw(i[None], g)
-        mu, logvar = self.latents[indices, torch.stack(view)].float().chunk(2, dim=1)
+            prompts += self.captions.draw(torch.tensor(rows[-1:]), g)
+        mu, logvar = self.latents[torch.tensor(rows), torch.stack(view)].float().chunk(2, dim=1)
         z = reparameterise(mu, logvar, torch.stack(noise))
         fed = draws.share(self.args.p_self_cond * self.model.unet.config.self_conditioning)
         return training.Batch(x_0=self.scale * z, t=torch.cat(t), eps=torch.stack(eps), fed=fed,
@@ -474,7 +480,7 @@ def given_parts(args, device):
 
 def both_latents(train, val, args, vae, source, folder, world):
     """(latents, their records) of the training images, then of those held out; see latents_of."""
-    total, sources = len(train) + len(val), (source,)
+    total, sources = sum(not r.mirror for r in train) + len(val), (source,)
     latents = latents_of(train, args, vae, sources, folder, world, args.jitter, args.views, total)
     return *latents, *latents_of(val, args, vae, sources, folder, world, total=total)
 
@@ -492,6 +498,8 @@ def train(args):
         source = file_hash(args.init or args.vae)
     train_records, val_records, fingerprint = training.read_data(args, world)
     fingerprint = words.fingerprint(fingerprint)
+    with world.together():
+        train_records, words = mirrored.with_copies(train_records, args.mirror, args.size, words)
     text = base.text if base else frozen
     settings = training.settings_of(args) | {
         "source": source, "text_weights": text.weights if text and not text.trained else "train"}
@@ -506,7 +514,7 @@ def train(args):
     opt = Optimizers(params, args.lr, args.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, args.ema_decay)
     captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond, words)
-    objective = Objective(model, latents, captions, args)
+    objective = Objective(model, latents, captions, args, mirrored.entries(train_records))
     if args.compile:
         objective.trained = torch.compile(model.unet, dynamic=False)
     held_out = objective.held_out(val_latents, val_records)
@@ -533,7 +541,8 @@ def train(args):
     start = run.restore(params, take_step, ema)
     sample(start)  # where a kill left none
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
-    loop.run(take_step, objective.draw_batch, [r.name for r in train_records], run, args, checkpoint)
+    names = [r.name for r in train_records if not r.mirror]
+    loop.run(take_step, objective.draw_batch, names, run, args, checkpoint)
     if world.is_main:
         print(f"{run.result()}: validation loss {run.best:.4f}")
 
@@ -554,6 +563,7 @@ def add_flags(parser, flag):
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     flag("views", "copies of an image, each with its own jitter, among the cached latents", type=int)
     wording.add_flags(parser)
+    mirrored.add_flag(parser)
     flag("join", "join up to this number of an image's prompts into one caption", type=int)
     flag("p_uncond", "share of captions made empty, for classifier-free guidance", type=float)
     flag("loss", "absolute (l1) or squared (l2) error", choices=("l1", "l2"))

@@ -24,11 +24,14 @@ import encoders
 import finetune
 import kandinsky
 import lora
+import mirrored
 import movq
 import phantom
+import prompts
 import sampler
 from files import folder_hash, load_safetensors, save_safetensors
 from kandinsky_networks import load_decoder, load_prior, load_unet3
+from wording import Wording
 
 PROMPT = "Generate an image with 2 polyps."
 
@@ -482,6 +485,45 @@ def test_a_step_draws_an_images_own_rows_or_the_null_one():
 
 
 # The conditions of the training are those of the pipelines
+
+
+def test_a_step_draws_a_mirrored_image_with_its_own_row():
+    held = encoded.EncodedData(torch.zeros(5, 2), (torch.arange(6.0),), [[1], [2], [3], [4], [5]])
+    schedule = argparse.Namespace(prediction="epsilon", alpha_bar=torch.linspace(0.9, 0.1, 10))
+    objective = finetune.Objective(None, held, torch.tensor([2, 1]), schedule,
+                                   argparse.Namespace(p_uncond=0.0), "cpu", torch.float32,
+                                   [[0], [1], [2, 3, 4]])
+    world, drawn = finetune.training.Distributed(0, 1, torch.device("cpu")), []
+    for step in range(20):
+        batch = objective.draw_batch(*world.batch(2, 2, step, 0))
+        drawn += zip(batch.images.tolist(), batch.rows.tolist(), strict=True)
+    assert set(drawn) == {(1, 2), (2, 3), (3, 4), (4, 5)} and sum(image == 1 for image, _ in drawn) == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRAININGS)
+def test_mirrored_images_are_encoded_behind_the_others(made, name, tmp_path):
+    with torch.enable_grad():
+        finetune.main(flags(made, name, tmp_path / "run", "--mirror", "vertical", "--steps", 1, "--cache",
+                            tmp_path / "cache"))
+    records = data.read_folder(made / "data")
+    train, _ = data.split(records)
+    free = [r for r in train if not mirrored.obstacle(r, 64, Wording())]
+    rows = len(records) + len(free)
+    cached = {kind: load_safetensors(next(tmp_path.glob(f"cache/{kind}-*")))[0]
+              for kind in {"prior": ("clip-images", "clip-texts"), "decoder": ("clip-images", "latents"),
+                           "unet3": ("latents",)}[name]}
+    assert free and all(len(cached[kind]["embeds"]) == 1 + rows for kind in cached if kind == "clip-images")
+    if name == "prior":
+        texts = {prompts.mirror(p, "vertical") for r in free for p in r.prompts}
+        texts |= {p for r in records for p in r.prompts} | {""}
+        assert len(cached["clip-texts"]["embeds"]) == len(texts)
+    else:
+        place = made / {"decoder": "tiny22/decoder", "unet3": "tiny3"}[name] / "movq"
+        img = [data.preprocess(data.open_image(r.path), 64) for r in records]
+        img += [data.preprocess(data.open_image(r.path), 64)[::-1] for r in free]
+        img = data.to_float(torch.from_numpy(np.stack(img)).permute(0, 3, 1, 2))
+        close(cached["latents"]["z"].float(), movq.load_movq(place).encode(img), 1e-3)
 
 
 @torch.no_grad()
