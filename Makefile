@@ -1,6 +1,6 @@
 # `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS
+VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
@@ -42,7 +42,7 @@ demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoenco
 	$(PY) vae.py --preset demo --data data/phantom-small --out runs/demo/vae --perceptual off
 	$(PY) msdm.py --preset demo --data data/phantom-small --vae runs/demo/vae/best.safetensors --out runs/demo/msdm
 	$(PY) sampler.py --ckpt runs/demo/msdm/best.safetensors --prompts docs/demo.txt -n 4 --solver dpmpp --steps 20 --grid --out out/demo
-	@echo "the sheet is out/demo/grid.png, a row for each line of docs/demo.txt"
+	@echo "the sheet is out/demo/grid.png, a row for each line of docs/demo.txt; a page: make report RUN=runs/demo/msdm"
 
 # FLAGS are further flags of a target's last command: make train-msdm DATA=DIR FLAGS="--batch-size 8 --accumulate 2"
 
@@ -64,6 +64,10 @@ metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WE
 	$(call needs,REAL,FOLDER)
 	$(call needs,FAKE,FOLDER)
 	$(PY) metrics.py --real "$$REAL" --fake "$$FAKE" $${WEIGHTS:+--weights "$$WEIGHTS"} $(FLAGS)
+
+report: $(INSTALL)  ## the page of a training, RUN/report.html: settings, curves, images, metrics, failures
+	$(call needs,RUN,runs/NAME)
+	$(PY) report.py --run "$$RUN" $${SAMPLES:+--samples "$$SAMPLES"} $(FLAGS)
 
 # LoRA on Kandinsky: PRIOR, DECODER and KANDINSKY3 are published folders, or their names on the hub. FLAGS go to finetune.py.
 
@@ -162,5 +166,5 @@ clean:  ## remove the built-in data and caches, but no run, no image and not the
 	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
-  metrics test test-first-half test-second-half test-kill test-fuzz bench clean
+  metrics report test test-first-half test-second-half test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help
