@@ -51,11 +51,12 @@ figure svg, figure img { display: block; width: 100%; height: auto }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.25 }
 .tile span { font-size: .85rem; color: var(--soft) }
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-size: .9rem }
-th, td { text-align: left; vertical-align: top; padding: .35rem .5rem; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; overflow-wrap: normal }
-td.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th.n { text-align: right }
+th, td { overflow-wrap: break-word; text-align: left;
+  vertical-align: top; padding: .35rem .5rem; border-bottom: 1px solid var(--line) }
+th { font-weight: 600 }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 .facts { max-width: 60rem }
+.facts td { overflow-wrap: anywhere }
 .facts td:first-child { width: 34%; color: var(--soft) }
 .note { background: #fff8e6; border-left: 4px solid #d4a72c; padding: .6rem .8rem; margin: .8rem 0 }
 .missing { background: var(--pale); border-left: 4px solid var(--line); padding: .6rem .8rem;

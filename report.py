@@ -45,7 +45,9 @@ from page import (
 from pixels import open_image
 
 MARK = "made by report.py"
-MOST_SHEETS, MOST_KINDS, MOST_PROMPTS, MOST_IMAGES, MOST_PAIRS, MOST_LINES = 6, 16, 9, 4, 12, 100
+# What is shown of more, so that a page stays below 5 MB: sheets, kinds of prompts, prompts in all, images of
+# a prompt, closest pairs, lines of the log.
+MOST_SHEETS, MOST_KINDS, MOST_PROMPTS, MOST_IMAGES, MOST_PAIRS, MOST_LINES = 6, 18, 72, 4, 12, 100
 SHEET, THUMBNAIL = 640, 112                                 # longest sides of embedded images, pixels
 
 KINDS = {  # what a prompt can name, see prompts.py
@@ -278,10 +280,11 @@ def kinds_section(found):
     for file, prompt in found.samples.images:
         groups.setdefault(prompt_kind(prompt), {}).setdefault(prompt, []).append(file)
     parts = [paragraph(sampling_protocol(found.samples))]
+    most = MOST_PROMPTS // min(len(groups), MOST_KINDS)
     for kind, by_prompt in list(groups.items())[:MOST_KINDS]:
-        some = f" ({MOST_PROMPTS} of {len(by_prompt)} prompts)" if len(by_prompt) > MOST_PROMPTS else ""
+        some = f" ({most} of {len(by_prompt)} prompts)" if len(by_prompt) > most else ""
         parts += [f"<h3>{esc(kind[:1].upper() + kind[1:] + some)}</h3>",
-                  prompt_rows(found, dict(list(by_prompt.items())[:MOST_PROMPTS]))]
+                  prompt_rows(found, dict(list(by_prompt.items())[:most]))]
     if len(groups) > MOST_KINDS:
         parts.append(paragraph(f"{MOST_KINDS} of {len(groups)} kinds of prompts are shown."))
     return section("kinds", title, *parts)
@@ -439,30 +442,34 @@ def closest_pairs(found, path, values):
 
 
 def weakest(found):
-    """(lines, figures) of the values that are shown less often than by perfect images, the rarest first."""
+    """(lines, figures) of the values shown less often than by perfect images, the rarest first."""
     path, values = found.faithfulness
     rows = [r for r in rows_of(path, values, "values", "attribute", *SHARE)
             if None not in (number(path, r, k) for k in SHARE[1:])]
     bad = [r for r in rows if (number(path, r, "sensitivity") or 0) > r["high"]]
     bad.sort(key=lambda r: r["share"])
     if not bad:
-        return [], []
-    fake, out = Path(str(values.get("fake"))), []
+        return [], ""
+    fake, lines, shown_images = Path(str(values.get("fake"))), [], {}
     images = read_samples(fake, ()).images if (fake / "prompts.csv").is_file() else []
     for r in bad[:6]:
         pair = r["attribute"], r["asked for"]
         files = [f for f, prompt in images if pair in requested(prompts.parse(prompt))]
         hits = round(r["share"] * r["n"])
         text = f"{' '.join(map(str, pair))}: asked for {r['n']} times, found {hits} times"
-        out.append(prompt_rows(found, {text: files}) if files else paragraph(text))
-    six = " The six rarest are below." if len(bad) > 6 else ""
+        if files:
+            shown_images[text] = files
+        else:
+            lines.append(text)
+    six = " The six rarest:" if len(bad) > 6 else ""
     return [f"{len(bad)} of {len(rows)} values are shown less often than by perfect images: the judge's "
-            f"share of held-out real images lies above the interval.{six}"], out
+            f"share of held-out real images lies above the interval.{six}",
+            *lines], prompt_rows(found, shown_images)
 
 
 def failures_section(found):
     """What went wrong, from the files alone."""
-    lines, figures, checks = [], [], ["losses", "image files"]
+    lines, figures, checks = [], "", ["losses", "image files"]
     held_out = [line for line in found.log if is_number(line.get("val_loss"))]
     if held_out:
         best, last = min(held_out, key=lambda line: line["val_loss"]), held_out[-1]
@@ -491,7 +498,7 @@ def failures_section(found):
     unknown = f" Not measured, so not known: {', '.join(unknown)}." if unknown else ""
     items = "".join(f"<li>{esc(line)}</li>" for line in lines or ["Nothing was found."])
     return section("failures", "Failures", paragraph(f"Looked at: {', '.join(checks)}.{unknown}"),
-                   f"<ul>{items}</ul>", f'<div class="grid">{"".join(figures)}</div>' if figures else "")
+                   f"<ul>{items}</ul>", figures)
 
 
 def settings_section(found):
