@@ -55,6 +55,7 @@ th, td { overflow-wrap: break-word; text-align: left;
   vertical-align: top; padding: .35rem .5rem; border-bottom: 1px solid var(--line) }
 th { font-weight: 600 }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.lines { white-space: pre-line }
 .facts { max-width: 60rem }
 .facts td { overflow-wrap: anywhere }
 .facts td:first-child { width: 34%; color: var(--soft) }
@@ -202,7 +203,7 @@ def curves(name, alt, lines, x_label, y_label, log=False) -> str:
         for i, (label, points) in enumerate(lines.items()):
             few = len(points) < 60
             axes.plot(*zip(*points, strict=True), label=label, color=COLOURS[i % len(COLOURS)],
-                      marker="o" if few else None, markersize=3, linewidth=1.4 if few else 0.9)
+                      marker="o" if few else None, markersize=6 if len(points) == 1 else 3, linewidth=1.4 if few else 0.9)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         y = [value for points in lines.values() for _, value in points]

@@ -204,9 +204,9 @@ def samples_over_time(found):
 
 
 CHARTS = (  # name, keys of metrics.jsonl, title, unit of the y axis, whether it may be logarithmic
-    ("loss", ("loss", "val_loss", "val_loss_paraphrases"), "Loss", "loss (mean per value)", False),
-    ("grad", ("grad_norm",), "Norm of the gradient before clipping", "norm of the gradient", True),
-    ("lr", ("lr",), "Learning rate of AdamW", "learning rate", False),
+    ("loss", ("loss", "val_loss", "val_loss_paraphrases"), "Loss", "loss, no unit", False),
+    ("grad", ("grad_norm",), "Norm of the gradient before clipping", "norm of the gradient, no unit", True),
+    ("lr", ("lr",), "Learning rate of AdamW", "learning rate, no unit", False),
     ("fid", ("fid",), "FID of fixed prompts and seeds", "FID", False),
     ("pr", ("precision", "recall"), "Precision, recall of fixed prompts and seeds", "share of images", False))
 LABELS = {"loss": "training", "val_loss": "held-out", "val_loss_paraphrases": "held-out, paraphrases"}
@@ -322,10 +322,10 @@ def metrics_table(found, path, values):
         facts.append("these are not the images shown above")
     plain = beside_the_paper(found, values, paper)
     notes = values.get("notes")
-    notes = " ".join(map(str, notes)) if isinstance(notes, list) else ""
+    notes = "\n".join(map(str, notes)) if isinstance(notes, list) else ""
     return "\n".join([f"<h3>{esc(path.name)}</h3>", table(("", "this run", *paper), rows),
                       paragraph(", ".join(facts) + "."), paragraph(plain, "note") if plain else "",
-                      paragraph(notes) if notes else "", everything(path, values)])
+                      paragraph(notes, "soft lines") if notes else "", everything(path, values)])
 
 
 def beside_the_paper(found, values, paper):
