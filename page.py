@@ -77,9 +77,14 @@ details { margin: .8rem 0 } summary { cursor: pointer; color: var(--mark) }
 """
 
 
+def visible(text) -> str:
+    """The text with a replacement character for what cannot be shown, or is half a character."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def esc(value) -> str:
-    """Any value as text of a page; characters that cannot be shown become a replacement character."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value)))
+    """Any value as text of a page."""
+    return html.escape(visible(str(value)))
 
 
 def shown(value) -> str:
@@ -187,7 +192,7 @@ def svg(name, alt, height, draw) -> str:
         fig = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(fig.subplots())
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = out.getvalue()
+    text = visible(out.getvalue())
     text = text[text.index("<svg"):].strip()
     text = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # an id stands once in a page
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -201,9 +206,10 @@ def curves(name, alt, lines, x_label, y_label, log=False) -> str:
 
     def draw(axes):
         for i, (label, points) in enumerate(lines.items()):
-            few = len(points) < 60
+            few, alone = len(points) < 60, len(points) == 1
             axes.plot(*zip(*points, strict=True), label=label, color=COLOURS[i % len(COLOURS)],
-                      marker="o" if few else None, markersize=6 if len(points) == 1 else 3, linewidth=1.4 if few else 0.9)
+                      marker="o" if few else None, markersize=6 if alone else 3,
+                      linewidth=1.4 if few else 0.9)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         y = [value for points in lines.values() for _, value in points]

@@ -72,13 +72,15 @@ PAPER = {
 OFFICIAL = {"paper: submitted sets": {"fid": "close to 0.1"},
             "another team": {"fid": "0.099, 0.064", "inception_score": "2.33"}}
 METRICS = (  # key, name, key of its spread, factor
-    ("fid", "FID (lower is better)", None, 1),
-    ("fid_real_half", "FID of two halves of the real set", None, 1),
-    ("fid_fake_half", "FID of half the real set and as many fakes", None, 1),
-    ("fid_parts", "FID, mean of disjoint parts", "fid_parts_std", 1),
+    ("fid", "Frechet distance, FID (lower is better)", None, 1),
+    ("fid_real_half", "distance of two halves of the real set", None, 1),
+    ("fid_fake_half", "distance of half the real set and as many fakes", None, 1),
+    ("fid_parts", "distance, mean of disjoint parts", "fid_parts_std", 1),
     ("kid", "KID × 1000 (lower is better)", "kid_error", 1000),
     ("precision", "precision (1 is best)", None, 1), ("recall", "recall (1 is best)", None, 1),
     ("f1", "F1", None, 1), ("density", "density", None, 1), ("coverage", "coverage (1 is best)", None, 1),
+    ("fidelity", "fidelity (100 is best)", None, 1), ("agreement", "agreement (1 is best)", None, 1),
+    ("diversity", "diversity", None, 1),
     ("inception_score", "Inception Score", "inception_score_std", 1),
     ("inception_score_real", "Inception Score of the real set", "inception_score_real_std", 1))
 
@@ -306,18 +308,22 @@ def metrics_table(found, path, values):
     """One file of metrics.py beside the paper's figures."""
     protocol = str(values["protocol"])
     paper = OFFICIAL if protocol == "imageclef" else PAPER.get((protocol, found.kind), {})
+    paper = paper if values.get("features", "inception") == "inception" else {}
     rows = []
     for key, name, spread, scale in METRICS:
         if (value := number(path, values, key)) is not None:
             text, error = shown(float(value * scale)), number(path, values, spread)
             text += f" ± {error * scale:.2g}" if error is not None else ""
+            low, high = (number(path, values, f"{key}_{end}") for end in ("low", "high"))
+            text += f" ({low * scale:.4g}–{high * scale:.4g})" if None not in (low, high) else ""
             rows.append((name, text, *(figures.get(key, "") for figures in paper.values())))
-    own = ("features", "space", "resize", "k", "splits", "kid_subset_size")
+    own = ("space", "resize", "k", "splits", "kid_subset_size", "pairs")
     n_real, n_fake = (shown(number(path, values, k)) for k in ("n_real", "n_fake"))
     facts = [f"protocol {protocol}", f"{n_real} real images of {values.get('real')}",
              f"{n_fake} generated of {values.get('fake')}",
              f"{shown(values.get('size'))} px", *(f"{k} {values[k]}" for k in own if values.get(k)),
              f"weights {str(values.get('weights'))[:16]}"]
+    facts += ["in brackets 95 % intervals"] if any(key.endswith("_low") for key in values) else []
     if found.samples and str(values.get("fake")) != str(found.samples.folder):
         facts.append("these are not the images shown above")
     plain = beside_the_paper(found, values, paper)
@@ -370,7 +376,7 @@ def faithfulness_section(found):
                 "held-out real images that show the value, what perfect images would score. Diamond: chance, "
                 "the share of real images that show it anyway.")
     rare = values["not_judged"]
-    rare = f"Not judged: {', '.join(map(str, rare))}." if isinstance(rare, list) and rare else ""
+    rare = f"Not judged: {'; '.join(map(str, rare))}." if isinstance(rare, list) and rare else ""
     return section("faith", title, paragraph(protocol), f'<div class="wide">{"".join(charts)}</div>',
                    paragraph(rare, "note") if rare else "", everything(path, values))
 
@@ -450,6 +456,9 @@ def weakest(found):
     bad.sort(key=lambda r: r["share"])
     if not bad:
         return [], ""
+    confused = rows_of(path, {"confusions": [], **values}, "confusions", "attribute", "asked for", "found")
+    if not all(isinstance(c["found"], dict) for c in confused):
+        raise BadInput(f"{path}: confusions: expected an object under each found")
     fake, lines, shown_images = Path(str(values.get("fake"))), [], {}
     images = read_samples(fake, ()).images if (fake / "prompts.csv").is_file() else []
     for r in bad[:6]:
@@ -457,6 +466,8 @@ def weakest(found):
         files = [f for f, prompt in images if pair in requested(prompts.parse(prompt))]
         hits = round(r["share"] * r["n"])
         text = f"{' '.join(map(str, pair))}: asked for {r['n']} times, found {hits} times"
+        text += "".join(f"; the judge finds {', '.join(f'{v} in {n}' for v, n in c['found'].items())}"
+                        for c in confused if (c["attribute"], c["asked for"]) == pair)
         if files:
             shown_images[text] = files
         else:

@@ -114,6 +114,7 @@ FAITHFULNESS = {"real": "data/r", "fake": "out/a", "n_train": 900, "n_held_out":
                 "values": [ROW | {"attribute": "count", "asked for": "2"},
                            ROW | {"attribute": "box", "asked for": "with", "share": 1.0, "high": 1.0,
                                   "sensitivity": None}],
+                "confusions": [{"attribute": "count", "asked for": "2", "n": 8, "found": {"3": 5, "2": 2}}],
                 "summary": [ROW | {"asked for": "exactly 1, 2, 3 polyps", "share": 0.4321}]}
 COPIES = {"train": "data/p", "held_out": "10 % of train", "fake": "out/a", "features": "thumbnails",
           "size": 64, "verdict": "COPIES: 1 of 123 generated images is a training image", "flagged": True,
@@ -173,9 +174,20 @@ def test_failures_are_told_from_the_files(folder):
     failures = found[found.index("Looked at"):found.index("config.json; what is not set")]
     for said in ("rose again, from 0.6556 at step 20 to 0.6778 at step 40", "COPIES: 1 of 123",
                  "1 of 2 values are shown less often", "count 2: asked for 8 times, found 2 times",
+                 "the judge finds 3 in 5, 2 in 2",
                  "1 images of out/a are not there, first 000002.png", "nearly the same colour"):
         assert said in failures, said
     assert "box with" not in failures
+
+
+def test_a_distance_of_another_space_does_not_stand_beside_the_papers(folder):
+    more = {"features": "dino", "space": "dino: CLS", "weights_published": None, "precision_low": 0.5111,
+            "precision_high": 0.7222, "coverage": 0.8765}
+    write(folder / "runs/a/m.json", METRICS | more)
+    found = Page(page()).text
+    assert "33.58" not in found and "paper: MSDM" not in found
+    for said in ("0.6123 (0.5111–0.7222)", "space dino: CLS", "coverage (1 is best) 0.8765"):
+        assert said in found, said
 
 
 def test_texts_of_files_are_escaped(folder):
