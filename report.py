@@ -536,7 +536,8 @@ def build(found) -> str:
     links = "".join(f'<a href="#{name}">{word}</a>' for name, word, text in made if text)
     trained = Path(str(found.settings.get("data") or "?")).name
     about = f"{title}, trained on {trained}. Generated images are synthetic and no findings of a patient."
-    head = f"<h1>{esc(found.run)}</h1>{paragraph(about)}{overview(found)}<nav>{links}</nav>"
+    name = esc(found.run).replace("/", "/<wbr>")            # a line may break there
+    head = f"<h1>{name}</h1>{paragraph(about)}{overview(found)}<nav>{links}</nav>"
     return document(MARK, f"{found.run}: {title}", "\n".join([head, *(text for *_, text in made if text)]))
 
 

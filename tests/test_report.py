@@ -16,7 +16,7 @@ import sampler
 from files import file_hash
 
 HOSTILE = '<script>alert("x")</script> & $a_b$ "quotes"'
-VOID = {"meta", "img", "br", "hr"}
+VOID = {"meta", "img", "wbr"}
 
 
 class Page(HTMLParser):
