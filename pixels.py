@@ -60,7 +60,7 @@ def said_in_one_line(path):
         most = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels (width x height), the most that is read"
         raise BadInput(f"{path}: more than {most}, against decompression bombs; make it smaller") from None
     except UnidentifiedImageError:
-        why = "is no JPEG or PNG" if Path(path).stat().st_size else "is empty"
+        why = f"is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}" if Path(path).stat().st_size else "is empty"
         raise BadInput(f"{path}: the file {why}") from None
     except (MemoryError, BadInput):
         raise

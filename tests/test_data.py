@@ -323,7 +323,7 @@ def test_a_hot_pixel_does_not_hide_a_black_image(tmp_path, capsys):
 
 def test_only_formats_of_images_are_decoded(tmp_path):
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(BadInput, match="x.png: the file is no JPEG or PNG"):
+    with pytest.raises(BadInput, match="x.png: the file is no JPEG, PNG, GIF, BMP, WEBP or TIFF"):
         data.open_image(tmp_path / "x.png")
 
 

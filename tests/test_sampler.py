@@ -255,7 +255,7 @@ def test_another_image_or_strength_on_a_folder_is_refused(checkpoint, pictures, 
     (["--init-image", "{}/0.png", "--strength", "nan"], "--strength nan: expected"),
     (["--init-image", "{}/0.png", "--strength", "0.4"], "--strength 0.4: less than one of 2 steps; .* 0.5"),
     (["--init-image", "{}/absent.png"], "absent.png: no such image"),
-    (["--init-image", "{}/text.png"], "text.png: the file is no JPEG or PNG")])
+    (["--init-image", "{}/text.png"], "text.png: the file is no JPEG, PNG, GIF, BMP, WEBP or TIFF")])
 def test_an_init_image_that_cannot_be_used_is_one_line(checkpoint, pictures, tmp_path, flags, said):
     with pytest.raises(BadInput, match=said):
         sampler.main([*flags_of("msdm", checkpoint), "--out", str(tmp_path / "o"),
@@ -292,7 +292,7 @@ def test_variations_of_an_image(pictures, tmp_path):
     (["--image-prompt", "{}/0.png", "--prior-steps", "3"], "--prior-steps plays no part where"),
     (["--image-prompt", "{}/0.png", "--prior-guidance", "3", "--negative-prompt", "text"],
      "--prior-guidance plays no part where"),
-    (["--image-prompt", "{}/text.png"], "text.png: the file is no JPEG or PNG")])
+    (["--image-prompt", "{}/text.png"], "text.png: the file is no JPEG, PNG, GIF, BMP, WEBP or TIFF")])
 def test_an_image_prompt_that_cannot_be_used_is_one_line(pictures, rows, tmp_path, flags, said):
     with pytest.raises(BadInput, match=said):
         sampler.main(kandinsky_flags("2.2", "--out", tmp_path / "o", *(f.format(tmp_path) for f in flags)))
