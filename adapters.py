@@ -113,8 +113,8 @@ class Adapter:
                 for part, tensor in own.items()}
 
     def network(self):
-        """The part of a pipeline it belongs to: the prior's layers have names of their own."""
-        return "prior" if any(layer.split(".")[0] in OF_THE_PRIOR for layer in self.layers) else "unet"
+        """The part of a pipeline it belongs to, "prior" or "unet"."""
+        return _part_of(self.layers)
 
 
 # Reading
@@ -158,7 +158,7 @@ def read(source, names=None):
     names: the published names of the network's linear layers, which undo kohya's underscores.
     """
     file, config_file = _files(located(source))
-    found, metadata = (read_state(file), {}) if file.suffix == ".bin" else load_safetensors(file)
+    found, metadata = _content(file)
     kind, prefix, layers = _layers(file, found, names)
     header = _header(file, metadata) if kind == NEW else None
     alphas = {layer: own.pop(ALPHA) for layer, own in layers.items() if ALPHA in own}
@@ -166,6 +166,10 @@ def read(source, names=None):
         config = _config(read_json(config_file), config_file, layers)
     elif header is not None:
         own = {k.removeprefix(prefix): v for k, v in header.items() if k.startswith(prefix)}
+        if not own.keys() & READ:
+            raise BadInput(f"{file}: expected the settings {prefix}r and so on in its header, {METADATA}, as "
+                           f"its tensors are {next(iter(found))} and so on; got "
+                           f"{listed(sorted(header), 3) or 'none'}: give both one prefix, or the PEFT folder")
         config = _config({"peft_type": "LORA"} | own, f"{file}, {METADATA}", layers)
     elif prefix == f"{PEFT}.":
         raise BadInput(f"{file}: expected adapter_config.json beside it, which holds its alpha")
@@ -173,6 +177,23 @@ def read(source, names=None):
         config = _config_of_tensors(file, kind, layers, alphas)
     base = (header or metadata).get("base")
     return Adapter(file, config, layers, base if isinstance(base, dict) else None)
+
+
+def part_of(source):
+    """The part of a pipeline that an adapter belongs to, "prior" or "unet", by the names in its file."""
+    file, _ = _files(located(source))
+    return _part_of(_content(file)[0])
+
+
+def _part_of(names):
+    """The prior's layers have names of their own, also where a format puts underscores for dots."""
+    starts = "prior.", "lora_prior_", *(p + name for p in ("", *PREFIXES) for name in OF_THE_PRIOR)
+    return "prior" if any(name.startswith(starts) for name in names) else "unet"
+
+
+def _content(file):
+    """(tensors, metadata) of an adapter's file."""
+    return (read_state(file), {}) if file.suffix == ".bin" else load_safetensors(file)
 
 
 def _files(path):
@@ -274,9 +295,13 @@ def _exactly(layer):
 
 
 def own_sizes(adapter):
-    """{layer: (in, out)} as its tensors say, where the network is not known."""
-    return {layer: (own[A].shape[-1], own[B].shape[0]) for layer, own in adapter.layers.items()
-            if own.keys() >= {A, B} and own[A].ndim and own[B].ndim}
+    """{layer: (in, out)} as its tensors say, where the network is not known; BadInput for half a layer."""
+    lacking = [f"{layer}.{part}" for layer, own in adapter.layers.items() for part in (A, B)
+               if part not in own or not own[part].ndim]
+    if lacking:
+        raise BadInput(f"{adapter.source}: expected matrices {A} and {B} of every layer, not there: "
+                       f"{listed(lacking, 3)}; take the file again from where it was made")
+    return {layer: (own[A].shape[-1], own[B].shape[0]) for layer, own in adapter.layers.items()}
 
 
 def check(adapter, sizes, network):
@@ -291,11 +316,18 @@ def check(adapter, sizes, network):
     shapes = [f"{k} expected {s}, got {tuple(found[k].shape)}" for k, s in expected.items()
               if k in found and tuple(found[k].shape) != s]
     dtypes = [f"{k} expected floats, got {v.dtype}" for k, v in found.items() if v.dtype not in FLOATS]
-    problems = {"not in the file": sorted(expected.keys() - found.keys()),
-                "no such layer": sorted(found.keys() - expected.keys()), "other shapes": shapes,
+    beside = [layer for layer in adapter.layers if layer in sizes and not config.is_target(layer)]
+    foreign, unused = [], []
+    for layer in adapter.layers.keys() - beside:
+        names = (f"{PEFT}.{layer}.{part}" for part in adapter.layers[layer])
+        (unused if layer in sizes else foreign).extend(name for name in names if name not in expected)
+    problems = {"not in the file": expected.keys() - found.keys(), "no such layer": foreign,
+                "not among the target_modules of its config, which must name them": beside,
+                "without use_dora in its config, which must say it": unused, "other shapes": shapes,
                 "other dtypes": dtypes}
-    if parts := [f"{problem}: {listed(which, 3)}" for problem, which in problems.items() if which]:
-        raise BadInput(f"{adapter.source}: not an adapter of {network}: " + "; ".join(parts))
+    if parts := [f"{problem}: {listed(sorted(which), 3)}" for problem, which in problems.items() if which]:
+        way_out = "; expected the network that it was trained on" if foreign else ""
+        raise BadInput(f"{adapter.source}: not an adapter of {network}: {'; '.join(parts)}{way_out}")
     check_finite(adapter.source, {k: v.float() for k, v in found.items()})
 
 
@@ -383,7 +415,8 @@ def _config(fields, source, layers):
         wrong = wrong or [f"peft_type={fields.get('peft_type')!r:.100}"]
         raise BadInput(f"{source}: not supported: {listed(wrong, 20)}")
     if missing := sorted({"r", "target_modules"} - fields.keys()):
-        raise BadInput(f"{source}: expected the fields {', '.join(missing)}")
+        raise BadInput(f"{source}: expected the fields {', '.join(missing)}, which PEFT writes; without them "
+                       "it is not the config of a LoRA adapter")
     for key in ("use_rslora", "use_dora"):
         if fields.get(key) not in (True, False, None):
             raise BadInput(f"{source}: {key}: expected true or false, got {fields[key]!r:.100}")

@@ -43,7 +43,7 @@ from kandinsky import read_schedule
 from kandinsky_networks import find_network, load_decoder, load_prior, load_unet3
 from optim import Optimizers
 from runfolder import check_savable, read_run
-from unet import dtype_of
+from unet import UNet, dtype_of
 from weights import check_kind, fetch, prior_part, read_checkpoint
 
 
@@ -319,15 +319,25 @@ def convert(args):
         raise BadInput(f"{out}: --to {args.to} writes a {'.safetensors file' if is_file else 'folder'}")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists already; name another OUT, or remove this one")
-    sizes = None
-    if args.model:
-        network, build, _ = find_network(args.model)
-        with torch.device("meta"):
-            sizes = lora.linear_sizes(build(read_json(network / "config.json")))
+    sizes = args.model and sizes_of(args.model, args.source)
     adapter = adapters.read(args.source, sizes)
     adapters.check(adapter, sizes or adapters.own_sizes(adapter), "this network" if sizes else "one network")
     adapters.write(adapter, out, args.to)
     print(f"{out}: an adapter of {len(adapter.layers)} layers")
+
+
+def sizes_of(model, adapter):
+    """{name: (in, out)} of the linear layers that the adapter may belong to; no weight of the model is read.
+
+    model: a checkpoint of msdm.py, or a folder with a network of Kandinsky.
+    """
+    if Path(model).is_file() or model.endswith(".safetensors"):
+        config, build = msdm.configs(msdm.load_meta(model))[0], UNet
+    else:
+        place, build, _ = find_network(model, adapters.part_of(adapter))
+        config = read_json(place / "config.json")
+    with torch.device("meta"):
+        return lora.linear_sizes(build(config))
 
 
 def merge(args):
@@ -335,13 +345,16 @@ def merge(args):
     folder, out = fetch(args.model), Path(args.out)
     if out.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"--out {out}: lies in the folder of --model; name another one")
-    place, _, load = find_network(folder)
+    place, _, load = find_network(folder, adapters.part_of(args.lora))
     if place == folder:
         raise BadInput(f"--model {folder}: expected the whole published folder, of which this is one network")
     with making(out) as made:
         _, stored = read_checkpoint(place)
         network = load(place, max((x.dtype for x in stored.values()), key=lambda dtype: dtype.itemsize))
-        lora.load(network, args.lora)
+        try:
+            lora.load(network, args.lora)
+        except BadInput as error:
+            raise BadInput(f"{error}; tried in {place.name}/ of --model {folder}") from None
 
         def left_out(at, names):  # hidden files, and all weights of the network
             kept = (".json", ".md", ".txt") if Path(at) == place else ("",)
@@ -409,8 +422,8 @@ def add_adapter_commands(commands):
                    "2024 too) or kohya, or a folder that holds one, or a name on the hub")
     p.add_argument("out", metavar="OUT", help="a new folder for peft; a new .safetensors file for the others")
     p.add_argument("--to", choices=("peft", "diffusers", "kohya"), default="peft", help="the format of OUT")
-    p.add_argument("--model", help="folder of the network, whose config.json is read: needed for an IN of "
-                   "kohya, whose names have underscores for dots")
+    p.add_argument("--model", help="folder of the network, or checkpoint of msdm.py, whose sizes are read: "
+                   "needed for an IN of kohya, whose names have underscores for dots")
     text = "Write a published folder with an adapter merged into its network's weights, in their own dtype."
     p = commands.add_parser("merge", help="an adapter merged into its model", description=text)
     p.add_argument("--model", required=True, help="folder of the model, or its name on the hub")

@@ -32,7 +32,14 @@ from unet import (
     project,
     timestep_embedding,
 )
-from weights import DIFFUSERS_NAMES, check_config, check_divisible, load_published, refuse_other_unet
+from weights import (
+    DIFFUSERS_NAMES,
+    check_config,
+    check_divisible,
+    load_published,
+    prior_part,
+    refuse_other_unet,
+)
 
 # The image prior of 2.2: unCLIP, Sec. 2.2
 
@@ -558,13 +565,15 @@ NETWORKS = {
 }
 
 
-def find_network(folder):
+def find_network(folder, part):
     """(folder of the network, function to build it, function to load it) in a model's folder.
 
-    It is the prior or the U-Net, or the folder holds the network itself; BadInput if there is none of them.
+    part: "prior" or "unet", which of the two is meant where the folder holds both. It may also hold the
+    network itself; BadInput if there is none.
     """
     folder = Path(folder)
-    places = [p for p in (folder / "prior", folder / "unet", folder) if (p / "config.json").is_file()]
+    both = {"prior": prior_part(folder, "prior"), "unet": folder / "unet"}
+    places = [p for p in (both[part], *both.values(), folder) if (p / "config.json").is_file()]
     kind = read_json(places[0] / "config.json").get("_class_name") if places else None
     if not isinstance(kind, str) or kind not in NETWORKS:
         raise BadInput(f"{folder}: expected a published model with a network in prior/ or unet/, of "

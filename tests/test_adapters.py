@@ -235,7 +235,10 @@ def test_names_of_a_live_model_are_read(decoder, tmp_path, prefix):
      "says twice: mid_block"),
     ("diffusers", {"conv_in.lora_A.weight": (4, 4)}, "no such layer: base_model.model.conv_in.lora_A.weight"),
     ("diffusers", {"mid_block.attentions.0.add_k_proj.lora_A.weight": (4, 24)},
-     "no such layer: base_model.model.mid_block.attentions.0.add_k_proj.lora_A.weight"),
+     "x.safetensors: not an adapter of this Decoder: not among the target_modules of its config, which must "
+     "name them: mid_block.attentions.0.add_k_proj$"),
+    ("diffusers", {"mid_block.attentions.0.to_q.lora_magnitude_vector": (32,)},
+     "without use_dora in its config, which must say it: base_.*.to_q.lora_magnitude_vector$"),
     ("kohya", {"lora_unet_mid_block_attentions_0_to_q.dora_scale": (32, 1)},
      "names of kohya: lora_unet_mid_block_attentions_0_to_q.dora_scale"),
     ("kohya", {"lora_te_text_model.lora_down.weight": (4, 8)},
@@ -273,8 +276,13 @@ def test_targets_that_are_not_linear_are_named_as_published(decoder):
 
 @pytest.mark.parametrize(("header", "message"), [
     ("[1]", "a JSON object in its header"), ("{", "a JSON object in its header"),
-    ('{"r": 4}', "lora_adapter_metadata: expected the fields target_modules"),
-    ('{"r": 3, "target_modules": ["to_q"]}', "other shapes.*no such layer|no such layer.*other shapes"),
+    ('{"r": 4}', "lora_adapter_metadata: expected the fields target_modules, which PEFT writes"),
+    ('{"unet.r": 4, "unet.target_modules": ["to_q"]}',
+     "x.safetensors: expected the settings r and so on in its header, lora_adapter_metadata, as its "
+     "tensors are .*lora_A.weight and so on; got unet.r, unet.target_modules: give both one prefix, or the"),
+    ("{}", "in its header, .* got none: "),
+    ('{"r": 4, "target_modules": ["to_q"]}', "which must name them: down_blocks.1.attentions.0.to_k, "),
+    ('{"r": 3, "target_modules": ["to_q"]}', "not among the target_modules .*other shapes"),
     ('{"r": 4, "target_modules": ["to_q"], "use_qalora": true}', "metadata: not supported: use_qalora"),
     ('{"r": 4, "lora_alpha": "x", "target_modules": ["to_q"]}', "lora_adapter_metadata: LoRA alpha")])
 def test_a_header_that_cannot_be_used_is_refused(decoder, tmp_path, header, message):
@@ -306,7 +314,11 @@ def test_ranks_without_any_alpha_are_refused_where_the_strength_is_not_known(dec
     (["{peft}", "{tmp}/there.safetensors", "--to", "diffusers"], "there.safetensors: exists already"),
     (["{tmp}/none", "{tmp}/out"], "none: no such folder"),
     (["{peft}", "{tmp}/out", "--model", "{tmp}"], "expected a published model .*got no config.json there"),
-    (["{peft}", "{tmp}/out", "--model", "{prior}"], "not an adapter of this network: .*no such layer"),
+    (["{peft}", "{tmp}/out", "--model", "{prior}"],
+     "not an adapter of this network: .*no such layer.*; expected the network that it was trained on$"),
+    (["{kohya}", "{tmp}/out", "--model", "{tmp}/there.safetensors"], "not a whole safetensors file"),
+    (["{kohya}", "{tmp}/out", "--model", "{prior}/prior/diffusion_pytorch_model.safetensors"],
+     "expected a checkpoint of msdm.py, got 'a file without a kind'"),
 ])
 def test_bad_input_to_a_conversion_is_one_line_and_writes_nothing(tmp_path, words, message):
     (tmp_path / "there.safetensors").write_text("mine")
@@ -315,6 +327,17 @@ def test_bad_input_to_a_conversion_is_one_line_and_writes_nothing(tmp_path, word
     refused(message, finetune.main, ["convert", *[w.format(**places) for w in words]])
     assert [p.name for p in tmp_path.iterdir()] == ["there.safetensors"]
     assert (tmp_path / "there.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("end", ["lora_A.weight", "lora_B.weight"])
+def test_half_a_layer_is_refused_by_its_name_where_no_network_is_known(tmp_path, end):
+    found, metadata = load_safetensors(formats("diffusers/pytorch_lora_weights.safetensors"))
+    key = next(k for k in sorted(found) if k.endswith(end))
+    save_safetensors(tmp_path / "x.safetensors", {k: v for k, v in found.items() if k != key},
+                     header=metadata)
+    refused(f"x.safetensors: expected matrices .* of every layer, not there: {key}; take the file again",
+            convert, tmp_path / "x.safetensors", tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
 
 
 # Layers
@@ -357,6 +380,22 @@ def test_all_linear_on_msdms_network():
     for p in lora.parameters(unet):
         p += 0.05
     assert not torch.equal(unet(*inputs), base)
+
+
+def test_an_adapter_of_msdm_goes_through_kohyas_names_and_back(tmp_path):
+    model = tiny_msdm()
+    save_safetensors(tmp_path / "msdm.safetensors", model.tensors(), model.metadata())
+    lora.inject(model.unet, lora.LoRAConfig(rank=2, alpha=3))
+    for p in lora.parameters(model.unet):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    expected = lora.tensors(model.unet)
+    lora.save(model.unet, tmp_path / "peft")
+    file = convert(tmp_path / "peft", tmp_path / "k.safetensors", "kohya")
+    assert all(k.startswith("lora_unet_") for k in keys(file))
+    back = convert(file, tmp_path / "back", "peft", "--model", tmp_path / "msdm.safetensors")
+    found = load_safetensors(back / "adapter_model.safetensors")[0]
+    assert found.keys() == expected.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
+    assert adapters.read(back).config.alpha == 3
 
 
 @pytest.mark.parametrize(("change", "left"), [
@@ -465,6 +504,44 @@ def test_a_merged_folder_is_the_model_with_the_adapter(tiny, tmp_path, name, mod
     for p in rest:
         assert (tmp_path / "merged" / p).read_bytes() == (tiny / model / p).read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"merged"}
+
+
+@pytest.fixture(scope="module")
+def combined(tiny):
+    """The folder of diffusers' combined pipeline: the prior's parts have prior_ before their names."""
+    shutil.copytree(tiny / "22/decoder", tiny / "both")
+    for part in (tiny / "22/prior").iterdir():
+        shutil.copytree(part, tiny / f"both/prior_{part.name}")
+    return tiny / "both"
+
+
+@pytest.mark.parametrize(("name", "model", "part", "form"), [
+    *(("prior", "22/prior/prior", "prior_prior", form) for form in ("peft", "diffusers", "kohya")),
+    *(("decoder", "22/decoder/unet", "unet", form) for form in ("peft", "diffusers"))])  # it has DoRA's norms
+def test_in_a_combined_folder_an_adapter_finds_its_part(tiny, combined, tmp_path, name, model, part, form):
+    adapter = tiny / f"{name}-adapter"
+    if form != "peft":
+        adapter = convert(adapter, tmp_path / "x.safetensors", form)
+    back = convert(adapter, tmp_path / "peft", "peft", "--model", combined)
+    found, expected = (load_safetensors(f / "adapter_model.safetensors")[0]
+                       for f in (back, tiny / f"{name}-adapter"))
+    assert found.keys() == expected.keys()
+    merge(combined, adapter, tmp_path / "merged")
+    merge((tiny / model).parent, tiny / f"{name}-adapter", tmp_path / "alone")
+    file = f"{part}/diffusion_pytorch_model.safetensors"
+    other = f"{(tiny / model).name}/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "alone" / other).read_bytes()
+    changed = [p.relative_to(combined) for p in combined.rglob("*") if p.is_file()
+               and (tmp_path / "merged" / p.relative_to(combined)).read_bytes() != p.read_bytes()]
+    assert [str(p) for p in changed] == [file]
+
+
+def test_a_merge_says_which_part_it_tried(tiny, combined, tmp_path):
+    refused(r"no such layer: .*; expected the network .*; tried in unet/ of --model .*both$", merge, combined,
+            tiny / "unet3-adapter", tmp_path / "out")
+    refused("no such layer: .*; tried in unet/ of --model .*decoder$", merge, tiny / "22/decoder",
+            tiny / "prior-adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_and_half_precision_are_merged_in_their_dtype(tiny, tmp_path):
