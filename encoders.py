@@ -16,6 +16,8 @@ from PIL import Image
 from files import read_json, refuse_pointer
 from weights import HALF, check_finite, refuse_pickles
 
+VOCABULARIES = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("*.model",)  # files of tokenizers
+
 
 def load_transformer(cls, folder, dtype=None, pads=True):
     """A tokenizer or, with dtype, a frozen model of transformers from a folder; BadInput if it fails.
@@ -24,11 +26,19 @@ def load_transformer(cls, folder, dtype=None, pads=True):
     read. pads: whether the tokenizer must have a padding token, as one has not whose texts are read alone.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder, expected the model's {folder.name} there, as published: "
+                       "download the model again")
     for file in folder.glob("*"):
         if file.is_file():
             refuse_pointer(file)
     settings = {"trust_remote_code": False}
-    if dtype is not None:
+    if dtype is None:
+        # Without a vocabulary transformers makes a tokenizer that knows no word, and says nothing.
+        if not any(all(any(folder.glob(name)) for name in names) for names in VOCABULARIES):
+            raise BadInput(f"{folder}: no vocabulary, expected tokenizer.json, or vocab.json and merges.txt, "
+                           "or spiece.model: download the model again")
+    else:
         read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
         refuse_pickles(folder)
         halves = [".fp16" in f.name for f in folder.glob("*.safetensors")]

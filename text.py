@@ -199,6 +199,8 @@ class FrozenCLIP(TextEncoderReference):
         try:
             # No code of a folder is run, and nothing unpickled.
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if not set(self.tokenizer.get_vocab()) - set(self.tokenizer.all_special_tokens):
+                raise BadInput("its tokenizer has no vocabulary, tokenizer.json or vocab.json and merges.txt")
             model = CLIPTextModel.from_pretrained(name, dtype=dtype, use_safetensors=True)
             self.model = model.eval().requires_grad_(False)
             if length > (most := model.config.max_position_embeddings):

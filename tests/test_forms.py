@@ -286,6 +286,12 @@ def setting(**changes):
     return lambda path: change_json(path, **changes)
 
 
+def without_merges(path):
+    """Half of a vocabulary: transformers would spell every word."""
+    (path.parent / "tokenizer.json").unlink()
+    path.unlink()
+
+
 INPAINTING = "an inpainting U-Net, which also reads a mask; expected that of a model from text to image"
 LFS = "a git-lfs pointer instead of the file: run `git lfs pull`"
 
@@ -308,6 +314,10 @@ LFS = "a git-lfs pointer instead of the file: run `git lfs pull`"
        "a U-Net of Kandinsky 2.1; expected") for kind, folder in (("2.2", "decoder"), ("3", "3"))),
     *((kind, "kandinsky3.pt", original, "kandinsky3.pt: a pickle of torch.save (.pt, .ckpt, .bin), which may")
       for kind in ("2.2", "3")),
+    *((kind, f"{folder}/tokenizer", shutil.rmtree, "tokenizer: no such folder, expected the model's "
+       "tokenizer there, as published: download") for kind, folder in (("2.2", "prior"), ("3", "3"))),
+    ("2.2", "prior/tokenizer/merges.txt", without_merges, "no vocabulary, expected tokenizer.json, "
+     "or vocab.json and merges.txt, or spiece.model: download"),
 ])
 def test_what_is_not_read_is_named_in_one_line(kind, file, change, said, folders):
     change(folders / file)

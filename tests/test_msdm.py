@@ -417,6 +417,15 @@ def test_a_text_encoder_that_is_not_there_is_one_clear_line(tmp_path, monkeypatc
         texts.FrozenCLIP(str(tmp_path / "absent"))
 
 
+def test_a_text_encoder_without_a_vocabulary_is_refused(clip, tmp_path, monkeypatch):
+    """transformers makes a tokenizer that knows no word, and says nothing."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (clip / "tokenizer.json").unlink()
+    (clip / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(BadInput, match="its tokenizer has no vocabulary, tokenizer.json or vocab.json and"):
+        texts.FrozenCLIP(str(clip))
+
+
 def test_weights_of_a_text_encoder_that_are_broken_or_pickled_are_one_clear_line(clip, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     weights = clip / "model.safetensors"
