@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from kandinsky_networks import find_network, load_decoder, load_prior, load_unet
 from optim import Optimizers
 from runfolder import check_savable, read_run
 from unet import UNet, dtype_of
-from weights import check_kind, fetch, prior_part, read_checkpoint
+from weights import check_kind, described_by, fetch, prior_part, read_checkpoint
 
 
 @dataclass
@@ -70,7 +70,7 @@ def msdm_task(args, world):
         inject(model.unet, args)
         source = file_hash(args.model)
     train, val, fingerprint = training.read_data(args, world)
-    run = start_run(args, world, words.fingerprint(fingerprint), weights=source)
+    run = start_run(args, world, words.fingerprint(fingerprint), model.unet, weights=source)
     with world.together():
         train, words = mirrored.with_copies(train, args.mirror, args.size, words)
     folder = Path(args.cache or run.folder)
@@ -190,7 +190,7 @@ def kandinsky_task(args, world):
             hashes[f"{name}_hash"] = folder_hash(prior_part(clip, name) if of_clip else own(folder, name))
         if args.epochs:
             args.steps = steps_of(args, sum(len(readable[i].prompts) for i in images.tolist()), world)
-    run = start_run(args, world, words.fingerprint(fingerprint), dtype=str(dtype), **hashes)
+    run = start_run(args, world, words.fingerprint(fingerprint), network, dtype=str(dtype), **hashes)
     with world.together():
         learnt = [readable[i] for i in images.tolist()]
         records, words = mirrored.with_copies(learnt, args.mirror, args.size, words)
@@ -213,8 +213,7 @@ def base_dtype(args, device):
     """--dtype of the frozen base; auto is that of the run which goes on, or else the device's."""
     if args.dtype != "auto":
         return DTYPES[args.dtype]
-    own = (read_run(args.out) or {"settings": {}})["settings"].get("dtype")
-    return DTYPES.get(str(own).removeprefix("torch."), training_dtype(device))
+    return DTYPES.get(str(own_settings(args.out).get("dtype")).removeprefix("torch."), training_dtype(device))
 
 
 def steps_of(args, n_rows, world):
@@ -241,7 +240,12 @@ def readable_images(train, val, args):
 
 def inject(network, args):
     """Attach a fresh adapter, or that of --init, whose settings args then hold."""
-    if args.init:
+    if config := begun_with(args):  # its tensors are in the run's state
+        print(f"{args.out} goes on without --init {args.init}, which is not there and not needed any more",
+              file=sys.stderr)
+        lora.inject(network, config)
+        lora.set_flags(args, config, args.out)
+    elif args.init:
         lora.load(network, args.init)
         lora.set_flags(args, network.lora_config, args.init)
     else:
@@ -251,10 +255,28 @@ def inject(network, args):
     print(f"{args.model}: an adapter of rank {args.rank} on {n} layers{start}", file=sys.stderr)
 
 
-def start_run(args, world, fingerprint, **more):
-    """The run folder args.out; more: settings beside the flags."""
+def begun_with(args):
+    """The LoRAConfig of the adapter that the run in args.out began with, if it goes on and --init is gone."""
+    config = own_settings(args.out).get("init_settings")
+    if not args.init or Path(args.init).exists() or not config or not (Path(args.out) / "state.pt").exists():
+        return None
+    with described_by(Path(args.out) / "config.json"):
+        return lora.LoRAConfig(**config)
+
+
+def own_settings(out):
+    """The settings of the run in the folder out; none if there is no run yet."""
+    return (read_run(out) or {"settings": {}})["settings"]
+
+
+def start_run(args, world, fingerprint, network, **more):
+    """The run folder args.out of the training of a network; more: settings beside the flags."""
     settings = training.settings_of(args) | {"alpha": lora.config_of(args).alpha} | more
-    settings["init_hash"] = args.init and adapters.adapter_hash(adapters.located(args.init))
+    if begun_with(args):
+        settings |= {k: own_settings(args.out)[k] for k in ("init_hash", "init_settings")}
+    elif args.init:
+        settings["init_hash"] = adapters.adapter_hash(adapters.located(args.init))
+        settings["init_settings"] = asdict(network.lora_config)
     return training.Run(args.out, settings, fingerprint, world, f"LoRA adapter ({args.network})",
                         args.from_run)
 

@@ -237,10 +237,13 @@ def set_flags(args, config, source):
     own = {"rank": config.rank, "alpha": config.alpha, "rslora": config.rslora, "dora": config.dora,
            "lora_dropout": config.dropout, "targets": targets}
     for name, value in own.items():
-        given = getattr(args, name, value)
+        given, flag = getattr(args, name, value), f"--{name.replace('_', '-')}"
         if (set(given) != set(value) if name == "targets" else given != value):
-            raise BadInput(f"--{name.replace('_', '-')} {given}: the adapter {source} has {value}; leave the "
-                           "flag out, or start without --init")
+            where, way_out = "", "leave the flag out"
+            if getattr(args, "from_run", None):  # its flags cannot be left out
+                where, way_out = f", given or of --from-run {args.from_run}", f"give the adapter's own {flag}"
+            raise BadInput(f"{flag} {given}{where}: the adapter {source} has {value}; {way_out}, or start "
+                           "without --init")
         setattr(args, name, value)
 
 

@@ -195,9 +195,12 @@ class Run:
                                f"step 0{self._way_out()}")
             else:
                 step = 0
-            if step > (steps := self.config["settings"].get("steps") or step):
-                raise BadInput(f"--steps {steps}: the run in {self.folder} is at step {step} already; give "
-                               "more steps, or another --out")
+            settings = self.config["settings"]
+            if step > (steps := settings.get("steps") or step):
+                epochs = settings.get("epochs")
+                flag = f"--steps {steps}" if epochs is None else f"--epochs {epochs:g}, {steps} steps"
+                raise BadInput(f"{flag}: the run in {self.folder} is at step {step} already; give more, or "
+                               "another --out")
         if self.world.is_main:
             write_json(self.folder / "config.json", self.config)
             self._tell_broken()

@@ -333,6 +333,53 @@ def test_a_run_begins_with_the_adapter_that_is_given(made, tmp_path):
     assert log_lines(tmp_path / "run") == before
 
 
+def test_a_run_goes_on_where_the_adapter_that_it_began_with_is_gone(made, tmp_path, capsys):
+    """Its ranks and strengths, a layer's own too, and which layers it adapts are in config.json."""
+    network = load_decoder(made / "tiny22/decoder/unet")
+    lora.inject(network, lora.LoRAConfig(4, 4, ".*(to_q|to_k)", 0.1, rslora=True, rank_pattern={"to_k": 2},
+                                         alpha_pattern={"mid_block.*to_q": 3}))
+    lora.save(network, tmp_path / "init")
+    more = "--init", tmp_path / "init"
+    finetune.main(init_flags(made, tmp_path / "whole", *more))
+    for name in ("run", "lost"):
+        finetune.main(init_flags(made, tmp_path / name, *more, "--steps", 4))
+    (tmp_path / "lost/state.pt").unlink()  # of the first step, before which the adapter is needed
+    shutil.rmtree(tmp_path / "init")
+    capsys.readouterr()
+    finetune.main(init_flags(made, tmp_path / "run", *more))
+    assert f"run goes on without --init {tmp_path / 'init'}, which is not there" in capsys.readouterr().err
+    for part in ("best", "last"):
+        assert folder_hash(tmp_path / "run" / part) == folder_hash(tmp_path / "whole" / part)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("run", "whole")]
+    assert configs[0] == configs[1]
+    for name in ("new", "lost"):
+        with pytest.raises(BadInput, match="init: no such folder"):
+            finetune.main(init_flags(made, tmp_path / name, *more))
+
+
+def test_a_run_that_is_further_than_its_epochs_says_so(made, tmp_path):
+    command = flags(made, "prior", tmp_path / "run")
+    where = command.index("--steps")
+    command[where:where + 2] = []
+    finetune.main([*command, "--epochs", "0.3"])
+    steps = log_lines(tmp_path / "run")[-1]["step"]
+    with pytest.raises(BadInput, match=f"^--epochs 0.1, . steps: the run in .* is at step {steps} already; "):
+        finetune.main([*command, "--epochs", "0.1"])
+
+
+def test_a_repeated_run_whose_flags_contradict_the_adapter_says_where_they_are_from(made, tmp_path):
+    repeat = ["decoder", "--from-run", made / "prior", "--model", made / "tiny22/decoder", "--prior",
+              made / "tiny22/prior", "--init", tmp_path / "init", "--out", tmp_path / "run"]
+    network = load_decoder(made / "tiny22/decoder/unet")
+    lora.inject(network, lora.LoRAConfig(2, 4, dropout=0.1))
+    lora.save(network, tmp_path / "init")
+    with pytest.raises(BadInput, match=r"--rank 4, given or of --from-run .*prior: the adapter .*init has 2; "
+                                       "give the adapter's own --rank, or start without --init"):
+        finetune.main([str(x) for x in repeat])
+    finetune.main([str(x) for x in (*repeat, "--rank", 2, "--steps", 1, "--size", 64)])
+    assert (tmp_path / "run/last").is_dir()
+
+
 @pytest.mark.parametrize("flag", [["--rank", "8"], ["--alpha", "5"], ["--dora"], ["--rslora"],
                                   ["--lora-dropout", "0"], ["--targets", "to_q"]])
 def test_a_flag_that_contradicts_the_adapter_to_begin_with_is_refused(made, tmp_path, flag):
