@@ -38,7 +38,15 @@ import training
 import wording
 from diffusion import min_snr_weight, q_sample, target
 from encoded import EncoderCache, Sheets, decoder_data, load_autoencoder, prior_data, unet3_data
-from files import file_hash, folder_hash, load_safetensors, making, read_json, save_safetensors
+from files import (
+    file_hash,
+    folder_hash,
+    load_safetensors,
+    making,
+    read_json,
+    refuse_pointer,
+    save_safetensors,
+)
 from kandinsky import read_schedule
 from kandinsky_networks import find_network, load_decoder, load_prior, load_unet3
 from optim import Optimizers
@@ -370,6 +378,12 @@ def merge(args):
     place, _, load = find_network(folder, adapters.part_of(args.lora))
     if place == folder:
         raise BadInput(f"--model {folder}: expected the whole published folder, of which this is one network")
+    kept = ".json", ".md", ".txt"  # of the network's folder, whose weights are written anew
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        unread = file.parent == place and not file.name.endswith((*kept, ".safetensors"))
+        if file.is_file() and not hidden and not unread:
+            refuse_pointer(file)
     with making(out) as made:
         _, stored = read_checkpoint(place)
         network = load(place, max((x.dtype for x in stored.values()), key=lambda dtype: dtype.itemsize))
@@ -379,8 +393,8 @@ def merge(args):
             raise BadInput(f"{error}; tried in {place.name}/ of --model {folder}") from None
 
         def left_out(at, names):  # hidden files, and all weights of the network
-            kept = (".json", ".md", ".txt") if Path(at) == place else ("",)
-            return [n for n in names if n.startswith(".") or not n.endswith(kept)]
+            ends = kept if Path(at) == place else ("",)
+            return [n for n in names if n.startswith(".") or not n.endswith(ends)]
 
         try:
             shutil.copytree(folder, made, ignore=left_out, dirs_exist_ok=True)

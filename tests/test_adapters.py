@@ -608,6 +608,22 @@ def test_a_merge_that_cannot_copy_a_file_names_it(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_of_a_folder_with_a_pointer_for_a_file_is_refused_before_any_work(tiny, tmp_path,
+                                                                                  monkeypatch):
+    shutil.copytree(tiny / "22/decoder", tmp_path / "model")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    unread = tmp_path / "model/unet/diffusion_pytorch_model.bin"
+    unread.write_text(pointer)  # is not copied
+    merge(tmp_path / "model", tiny / "decoder-adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged/unet" / unread.name).exists()
+    monkeypatch.setattr(finetune, "read_checkpoint", None)  # would be an error to call
+    file = tmp_path / "model/movq/diffusion_pytorch_model.safetensors"
+    file.write_text(pointer)
+    refused(f"{file}: a git-lfs pointer instead of the file: run `git lfs pull`", merge, tmp_path / "model",
+            tiny / "decoder-adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
     left = tmp_path / ".out.2147483646000000.tmp"  # of a process that was killed
     left.mkdir()
