@@ -149,7 +149,7 @@ def check_folder(out, settings):
     found = out.exists() and any(not p.name.startswith(".") for p in out.iterdir())
     other = f"{out}: not empty and not made by sampler.py; give another --out"
     if config_file.exists():
-        old = read_json(config_file)
+        old = as_written_now(read_json(config_file))
         if not {"prompts", "solver"} <= old.keys():
             raise BadInput(other)
         for k, now in settings.items():
@@ -158,6 +158,17 @@ def check_folder(out, settings):
                 raise BadInput(f"{out}: {made}; give another --out")
     elif found:
         raise BadInput(other)
+
+
+def as_written_now(config):
+    """The config.json of a folder with what an earlier version of Kandinsky's sampling did not yet write.
+
+    Images were squares of one size, and the prior of 2.2 took 25 steps. What else is missing was None.
+    """
+    if "size" not in config:
+        return config
+    sides = {"width": config["size"], "height": config["size"]}
+    return sides | ({"prior_steps": 25} if config.get("decoder") else {}) | config
 
 
 def claim_folder(out, settings, prompts, seed):

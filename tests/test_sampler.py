@@ -196,6 +196,28 @@ def test_width_and_height(monkeypatch, tmp_path, model, flags, size):
         sampler.main([*kandinsky_flags(model), "--out", str(tmp_path / "o"), "--width", "192"])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_folder_of_an_earlier_version_is_gone_on_with(monkeypatch, tmp_path, model):
+    """It wrote one size for both sides, and nothing of the prior's steps or of images to begin with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags, out = kandinsky_flags(model, "--out", tmp_path / "o", "-n", 2), tmp_path / "o"
+    sampler.main(flags)
+    expected = hashes_of(out)
+    config = json.loads((out / "config.json").read_text())
+    kept = ("checkpoint", "decoder", "lora", "prior_lora", "decoder_lora", "prompts", "steps", "solver",
+            "guidance", "negative_prompt", "seed", "dtype", "lora_scale")
+    older = {k: config[k] for k in kept if k in config} | {"size": 64}
+    (out / "config.json").write_text(json.dumps(older))
+    (out / "images/000001.png").unlink()
+    sampler.main(flags)
+    assert hashes_of(out) == expected and json.loads((out / "config.json").read_text()) == older
+    for more, said in ((["--size", "128"], "width=64, now width=128"),
+                       (["--height", "128"], "height=64, now height=128"),
+                       *([(["--prior-steps", "9"], "prior_steps=25, now")] if model == "2.2" else [])):
+        with pytest.raises(BadInput, match=f"holds images made with {said}"):
+            sampler.main([*flags, *more])
+
+
 # --init-image
 
 
