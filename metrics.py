@@ -40,6 +40,7 @@ from files import (
     is_json_with,
     load_safetensors,
     read_cached,
+    read_json,
     save_or_say,
     save_safetensors,
     text_hash,
@@ -568,6 +569,10 @@ def is_result(path):
     return is_json_with(path, "fid", "protocol", "kid_subset_size", "weights_published")
 
 
+def untimed(result):
+    return {k: v for k, v in result.items() if k != "seconds"}
+
+
 def image_sets(args, known, quiet):
     """(real images, none if their features are known; generated images); BadInput for too few."""
     if not quiet:
@@ -634,8 +639,9 @@ def main(argv=None):
         "device": str(device), "seconds": time.perf_counter() - start, "notes": notes,
     }
     print(table(numbers, setting))
-    if args.json:
-        write_json(args.json, numbers | setting)
+    result = numbers | setting
+    if args.json and not (is_result(args.json) and untimed(read_json(args.json)) == untimed(result)):
+        write_json(args.json, result)  # not where a run before found the same
 
 
 if __name__ == "__main__":

@@ -48,11 +48,15 @@ def test_the_papers_stages_go_on_where_they_were_and_use_each_others_results(tmp
     for line in lines[:4]:  # and killed
         in_process(line)
     first = {f: f.stat().st_mtime_ns for f in (out / "stage-1").rglob("*.png")}
+    bytes_of = {f: f.read_bytes() for f in (out / "stage-1").rglob("*") if f.is_file()}
+    judged = (out / "stage-1/metrics.json").stat().st_mtime_ns
     adapter = folder_hash(out / "stage-1/decoder/best")
     for line in lines:
         in_process(line)
     assert len(first) == 11 and all(f.stat().st_mtime_ns == made for f, made in first.items())
     assert folder_hash(out / "stage-1/decoder/best") == adapter
+    assert [f.name for f, held in bytes_of.items() if f.read_bytes() != held] == []
+    assert (out / "stage-1/metrics.json").stat().st_mtime_ns == judged
     assert list((out / "stage-2/prior/samples").iterdir())  # drawn by the decoder of stage 1
     best = {name: folder_hash(out / name / "best") for name in ("stage-2/prior", "stage-3/decoder")}
     used = [json.loads((out / f"stage-{n}/sample/config.json").read_text()) for n in (1, 2, 3)]
