@@ -246,7 +246,8 @@ def _layers(file, found, names):
     problems = {f"not supported among the names of {kind}": unknown, "says twice": twice,
                 "the network has no such linear layer": absent}
     if parts := [f"{problem}: {listed(sorted(names), 5)}" for problem, names in problems.items() if names]:
-        raise BadInput(f"{file}: {'; '.join(parts)}")
+        way_out = "; expected the network that it was trained on" if absent else ""
+        raise BadInput(f"{file}: {'; '.join(parts)}{way_out}")
     return kind, prefix, layers
 
 
@@ -322,7 +323,7 @@ def check(adapter, sizes, network):
         names = (f"{PEFT}.{layer}.{part}" for part in adapter.layers[layer])
         (unused if layer in sizes else foreign).extend(name for name in names if name not in expected)
     problems = {"not in the file": expected.keys() - found.keys(), "no such layer": foreign,
-                "not among the target_modules of its config, which must name them": beside,
+                "not named by target_modules in its config, or excluded there": beside,
                 "without use_dora in its config, which must say it": unused, "other shapes": shapes,
                 "other dtypes": dtypes}
     if parts := [f"{problem}: {listed(sorted(which), 3)}" for problem, which in problems.items() if which]:
@@ -428,7 +429,10 @@ def _config(fields, source, layers):
             alpha_pattern=fields.get("alpha_pattern") or {},
             init="gaussian" if fields.get("init_lora_weights") == "gaussian" else "kaiming")
         if config.targets == ALL_LINEAR or any(fields.get(k) not in (None, []) for k in NARROWING):
-            config = replace(config, targets=tuple(_narrowed(config, fields, layers)))
+            if not (kept := tuple(_narrowed(config, fields, layers))):
+                raise BadInput(f"target_modules, less {' and '.join(NARROWING)}, name none of the file's "
+                               f"layers: {listed(sorted(layers), 3)}")
+            config = replace(config, targets=kept)
     except BadInput as error:
         raise BadInput(f"{source}: {error}") from None
     return config
@@ -443,6 +447,8 @@ def _narrowed(config, fields, layers):
         kept = [layer for layer in kept if not out.is_target(layer)]
     if numbers not in (None, []):
         numbers = numbers if isinstance(numbers, list) else [numbers]
+        if not all(type(x) is int for x in numbers):
+            raise BadInput(f"layers_to_transform: expected whole numbers, got {numbers!r:.100}")
         stems = [stems] if isinstance(stems, str) else stems or []
         if not isinstance(stems, list) or not all(isinstance(x, str) for x in stems):
             raise BadInput(f"layers_pattern: expected names, got {stems!r:.100}")

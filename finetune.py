@@ -364,7 +364,8 @@ def sizes_of(model, adapter):
     if Path(model).is_file() or model.endswith(".safetensors"):
         config, build = msdm.configs(msdm.load_meta(model))[0], UNet
     else:
-        place, build, _ = find_network(model, adapters.part_of(adapter))
+        folder = fetch(model, chosen=lambda names: [n for n in names if n.endswith("config.json")])
+        place, build, _ = find_network(folder, adapters.part_of(adapter))
         config = read_json(place / "config.json")
     with torch.device("meta"):
         return lora.linear_sizes(build(config))
@@ -372,6 +373,9 @@ def sizes_of(model, adapter):
 
 def merge(args):
     """Write the published folder args.model to args.out, its network merged with the adapter args.lora."""
+    if Path(args.model).is_file():
+        raise BadInput(f"--model {args.model}: a file; expected a published folder of Kandinsky. The adapter "
+                       "of an MSDM checkpoint is not merged: give it to sampler.py by --lora")
     folder, out = fetch(args.model), Path(args.out)
     if out.resolve().is_relative_to(folder.resolve()):
         raise BadInput(f"--out {out}: lies in the folder of --model; name another one")
@@ -458,8 +462,8 @@ def add_adapter_commands(commands):
                    "2024 too) or kohya, or a folder that holds one, or a name on the hub")
     p.add_argument("out", metavar="OUT", help="a new folder for peft; a new .safetensors file for the others")
     p.add_argument("--to", choices=("peft", "diffusers", "kohya"), default="peft", help="the format of OUT")
-    p.add_argument("--model", help="folder of the network, or checkpoint of msdm.py, whose sizes are read: "
-                   "needed for an IN of kohya, whose names have underscores for dots")
+    p.add_argument("--model", help="folder of the network or its name on the hub, or checkpoint of msdm.py, "
+                   "whose sizes are read: needed for an IN of kohya, whose names have underscores for dots")
     text = "Write a published folder with an adapter merged into its network's weights, in their own dtype."
     p = commands.add_parser("merge", help="an adapter merged into its model", description=text)
     p.add_argument("--model", required=True, help="folder of the model, or its name on the hub")

@@ -235,8 +235,8 @@ def test_names_of_a_live_model_are_read(decoder, tmp_path, prefix):
      "says twice: mid_block"),
     ("diffusers", {"conv_in.lora_A.weight": (4, 4)}, "no such layer: base_model.model.conv_in.lora_A.weight"),
     ("diffusers", {"mid_block.attentions.0.add_k_proj.lora_A.weight": (4, 24)},
-     "x.safetensors: not an adapter of this Decoder: not among the target_modules of its config, which must "
-     "name them: mid_block.attentions.0.add_k_proj$"),
+     "x.safetensors: not an adapter of this Decoder: not named by target_modules in its config, or excluded "
+     "there: mid_block.attentions.0.add_k_proj$"),
     ("diffusers", {"mid_block.attentions.0.to_q.lora_magnitude_vector": (32,)},
      "without use_dora in its config, which must say it: base_.*.to_q.lora_magnitude_vector$"),
     ("kohya", {"lora_unet_mid_block_attentions_0_to_q.dora_scale": (32, 1)},
@@ -244,7 +244,7 @@ def test_names_of_a_live_model_are_read(decoder, tmp_path, prefix):
     ("kohya", {"lora_te_text_model.lora_down.weight": (4, 8)},
      "names of kohya: lora_te_text_model.lora_down.weight"),
     ("kohya", {"lora_unet_input_blocks_1_1_to_q.lora_down.weight": (4, 8)},
-     "no such linear layer: lora_unet_input_blocks_1_1_to_q.lora_down.weight"),
+     "no such linear layer: lora_unet_input_blocks_1_1_to_q.lora_down.weight; expected the network that it"),
     ("kohya", {"lora_unet_mid_block_attentions_0_add_k_proj.alpha": ()},
      "mid_block.attentions.0.add_k_proj.alpha only"),
     ("kohya", {"lora_unet_mid_block_attentions_0_to_q.alpha": (2,)}, "one number as each alpha"),
@@ -281,8 +281,8 @@ def test_targets_that_are_not_linear_are_named_as_published(decoder):
      "x.safetensors: expected the settings r and so on in its header, lora_adapter_metadata, as its "
      "tensors are .*lora_A.weight and so on; got unet.r, unet.target_modules: give both one prefix, or the"),
     ("{}", "in its header, .* got none: "),
-    ('{"r": 4, "target_modules": ["to_q"]}', "which must name them: down_blocks.1.attentions.0.to_k, "),
-    ('{"r": 3, "target_modules": ["to_q"]}', "not among the target_modules .*other shapes"),
+    ('{"r": 4, "target_modules": ["to_q"]}', "or excluded there: down_blocks.1.attentions.0.to_k, "),
+    ('{"r": 3, "target_modules": ["to_q"]}', "not named by target_modules .*other shapes"),
     ('{"r": 4, "target_modules": ["to_q"], "use_qalora": true}', "metadata: not supported: use_qalora"),
     ('{"r": 4, "lora_alpha": "x", "target_modules": ["to_q"]}', "lora_adapter_metadata: LoRA alpha")])
 def test_a_header_that_cannot_be_used_is_refused(decoder, tmp_path, header, message):
@@ -313,6 +313,7 @@ def test_ranks_without_any_alpha_are_refused_where_the_strength_is_not_known(dec
     (["{peft}", "{tmp}"], "exists already"),
     (["{peft}", "{tmp}/there.safetensors", "--to", "diffusers"], "there.safetensors: exists already"),
     (["{tmp}/none", "{tmp}/out"], "none: no such folder"),
+    (["{peft}", "{tmp}/out", "--model", "{tmp}/none"], "none: no such folder"),
     (["{peft}", "{tmp}/out", "--model", "{tmp}"], "expected a published model .*got no config.json there"),
     (["{peft}", "{tmp}/out", "--model", "{prior}"],
      "not an adapter of this network: .*no such layer.*; expected the network that it was trained on$"),
@@ -419,6 +420,17 @@ def test_fields_that_narrow_the_targets_leave_what_the_tensors_say(decoder, tmp_
     lora.remove(decoder)
     lora.load(decoder, tmp_path / "again")
     assert lora.tensors(decoder).keys() == found.keys()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers_to_transform": "x"}, r"config.json: layers_to_transform: expected whole numbers, got \['x'"),
+    ({"layers_to_transform": [7]}, "json: target_.*, name none of the file's layers: down_blocks.1.attent"),
+    ({"exclude_modules": ["to_k"]}, "target_modules in its config, or excluded there: .*to_k")])
+def test_fields_that_leave_too_few_layers_are_refused(decoder, tmp_path, change, message):
+    shutil.copytree(formats("peft"), tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    write_json(config, read_json(config) | change)
+    refused(message, lora.load, decoder, tmp_path / "adapter")
 
 
 # Names on the hub
@@ -583,6 +595,8 @@ def test_the_sampler_draws_from_a_merged_folder(tiny, tmp_path):
     (["--model", "{tiny}/22/decoder/unet", "--lora", "{tiny}/decoder-adapter"], "the whole published folder"),
     (["--model", "{tiny}/22/decoder/movq", "--lora", "{tiny}/decoder-adapter"], "got 'VQModel'"),
     (["--model", "{tiny}/22/decoder", "--lora", "{tiny}/none"], "none: no such folder"),
+    (["--model", "{tiny}/22/decoder/unet/config.json", "--lora", "{tiny}/decoder-adapter"],
+     "config.json: a file; expected a published folder of Kandinsky. .* MSDM .* sampler.py by --lora"),
     (["--model", "{tiny}/22/decoder", "--lora", "{tiny}/decoder-adapter", "--out", "{tiny}/22/decoder/x"],
      "lies in the folder of --model"),
     (["--model", "{tiny}/22/decoder", "--lora", "{tiny}/decoder-adapter", "--out", "{tmp}/mine"],
