@@ -49,6 +49,7 @@ from weights import check_kind, fetch, kind_of, prior_part
 
 IMAGES = {"init_image": ("strength", 0.3), "image_prompt": ("image_weight", 1.0)}  # file: its share, default
 MOST_IMAGES = 1_000_000  # a request; their names have six digits
+MOST_PIXELS = 1 << 16  # of a side
 OWN = ("steps", "guidance", "prior_steps", "prior_guidance", "width", "height")  # where a model has defaults
 
 # The model
@@ -307,6 +308,7 @@ def check_flags(args):
     check_range(args, -math.inf, math.inf, "guidance", "prior_guidance", "lora_scale")
     check_range(args, -2**63, 2**64 - 1, "seed")
     check_range(args, 0, 1, "strength", "image_weight")
+    check_range(args, -math.inf, MOST_PIXELS, "size", "width", "height")
     for image, (share, default) in IMAGES.items():
         if getattr(args, image) and getattr(args, share) is None:
             setattr(args, share, default)

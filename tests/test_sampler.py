@@ -100,6 +100,7 @@ def test_seeds_of_64_bits(loads, tmp_path, seed):
     (["--lora-scale", "nan"], "--lora-scale nan: expected a finite number"),
     (["--lora-scale", "0.5"], "--lora-scale 0.5: expected an adapter that it scales"),
     (["--prompt", "\n "], "--prompt: an empty text"),
+    (["--size", 10**9], "--size 1000000000: expected a finite number up to 65536"),
     (["--guidance", "nan"], "--guidance nan"), (["--guidance", "inf"], "--guidance inf"),
     (["-n", 10**12], "1000000000000 images, expected at most 1000000"), (["-n", 0], "-n 0"),
     (["--prompt", "caf\udce9"], "expected text in UTF-8"),
