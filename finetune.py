@@ -84,7 +84,8 @@ def msdm_task(args, world):
     folder = Path(args.cache or run.folder)
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
-    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond, words)
+    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond, source, folder, world,
+                                   words)
     objective = msdm.Objective(model, latents, captions, args, mirrored.entries(train))
     names = [r.name for r in train if not r.mirror]
     return run, Task(model.unet, objective, objective.held_out(val_latents, val), names,

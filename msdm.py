@@ -315,32 +315,50 @@ def latents_of(records, args, vae, sources, folder, world, jitter=0.0, views=1, 
     return cached_rows(file, "moments", parts, make, names, world), images.records
 
 
+def text_states(text, prompts, source, folder, world):
+    """The states (len(prompts), n, d) that a frozen text encoder makes, kept in a file of folder."""
+    def make(parts):
+        quiet = len(prompts) < 512 or not world.is_main
+        for part in tqdm(parts, "text states", disable=quiet):
+            states, _ = text(prompts[part])
+            check_savable("the prompts, read by the text encoder", {"states": states})
+            yield states.cpu()
+
+    weights = source if text.trained else text.weights
+    key = text_hash(weights, next(text.parameters()).dtype, text.length, *prompts)
+    file, parts = folder / f"text-{key}.safetensors", data.batches(len(prompts), 64)
+    return cached_rows(file, "states", parts, make, {"prompts": len(prompts)}, world)
+
+
 class CaptionSampler:
     """Picks captions for a batch of images and encodes them.
 
     An image's caption joins up to `join` of its prompts, or is empty with probability p_uncond. The output of
-    a frozen encoder is cached, unless captions are joined or it takes more than CACHE bytes, as CLIP ViT-L's
-    for 5,400 prompts: then they are encoded with each batch, which adds a twentieth to the work of a step.
-    words: how the prompts are said, see wording.py.
+    a frozen encoder is kept in a file of folder, which all ranks make, each a share; on a CPU it is a map of
+    that file. Not so if captions are joined, or if it takes more than CACHE bytes, as CLIP ViT-L's for 5,400
+    prompts: then they are encoded with each batch, which adds a twentieth to the work of a step. source: a
+    hash that is part of the file's key, of the checkpoint that holds the text encoder. words: how the prompts
+    are said, see wording.py.
     """
 
     CACHE = 1 << 30
 
-    def __init__(self, records, val_records, text, join, p_uncond, words=None):
+    def __init__(self, records, val_records, text, join, p_uncond, source, folder, world, words=None):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
         self.words, self.cache = words or Wording(), None
         ways = {p: self.words.ways(p) for r in (*records, *val_records) for p in r.prompts}
         longest = {p: max(ways[p], key=len) for p in ways}
-        warn_of_cut(text, (" ".join(sorted((longest[p] for p in r.prompts), key=len)[-join:])
-                           for r in (*records, *val_records)))
+        if world.is_main:
+            warn_of_cut(text, (" ".join(sorted((longest[p] for p in r.prompts), key=len)[-join:])
+                               for r in (*records, *val_records)))
         if join == 1 and not any(p.requires_grad for p in text.parameters()):
             distinct = sorted({way for p in ways for way in ways[p]} | {""})
             if len(distinct) * text([""])[0].nbytes > self.CACHE:
                 return
             self.rows = {p: i for i, p in enumerate(distinct)}
-            parts = tqdm(data.batches(len(distinct), 64), "text states", disable=len(distinct) < 512)
-            self.cache = [torch.cat(p) for p in zip(*(text(distinct[part]) for part in parts), strict=True)]
-            check_savable("the prompts, read by the text encoder", {"states": self.cache[0]})
+            mask = text.tokenise(distinct)[1]
+            states = text_states(text, distinct, source, folder, world)
+            self.cache = [x if world.device.type == "cpu" else x.to(world.device) for x in (states, mask)]
 
     def draw(self, indices, generator):
         """A prompt for each of the images `indices`."""
@@ -513,7 +531,8 @@ def train(args):
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     opt = Optimizers(params, args.lr, args.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, args.ema_decay)
-    captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond, words)
+    captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond, source,
+                              run.folder, world, words)
     objective = Objective(model, latents, captions, args, mirrored.entries(train_records))
     if args.compile:
         objective.trained = torch.compile(model.unet, dynamic=False)

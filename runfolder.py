@@ -133,7 +133,7 @@ class Run:
         (self.folder / "samples").mkdir(exist_ok=True)
         remove_unfinished(self.folder, "config.json", "metrics.jsonl", "state.pt", "MODEL_CARD.md",
                           "best.safetensors", "last.safetensors", "latents-*.safetensors",
-                          "clip-*.safetensors", "t5-*.safetensors")
+                          "clip-*.safetensors", "t5-*.safetensors", "text-*.safetensors")
         remove_unfinished(self.folder / "samples", "[0-9]*.png")
         for name in ("best", "last"):
             remove_unfinished(self.folder / name, "adapter_*")

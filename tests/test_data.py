@@ -809,12 +809,13 @@ def test_latents_in_a_file_are_those_of_the_images_in_memory(tmp_path):
     assert kept == records and torch.equal(latents, want)
 
 
-def test_text_states_that_are_too_large_to_keep_are_encoded_with_the_batch(monkeypatch):
+def test_text_states_that_are_too_large_to_keep_are_encoded_with_the_batch(monkeypatch, tmp_path):
     records = [Record(Path(str(i)), str(i), [prompt]) for i, prompt in enumerate(PROMPTS)]
     text = tiny_msdm().text.requires_grad_(False)
-    kept = msdm.CaptionSampler(records, records, text, 1, 0.2)
+    place = "", tmp_path, training.start("cpu")
+    kept = msdm.CaptionSampler(records, records, text, 1, 0.2, *place)
     monkeypatch.setattr(msdm.CaptionSampler, "CACHE", 3 * text([""])[0].nbytes)     # of 4 prompts
-    anew = msdm.CaptionSampler(records, records, text, 1, 0.2)
+    anew = msdm.CaptionSampler(records, records, text, 1, 0.2, *place)
     assert kept.cache is not None and anew.cache is None
     states = [sampler.encode(training.Batch(**sampler.fields(PROMPTS))) for sampler in (kept, anew)]
     for a, b in zip(*states, strict=True):

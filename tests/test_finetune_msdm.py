@@ -43,7 +43,7 @@ def sample_msdm(root, out, *more):
 
 
 def test_msdm_learns_an_adapter_and_the_base_stays(msdm_run):
-    names = {p.name for p in (msdm_run / "run").iterdir() if not p.name.startswith("latents-")}
+    names = {p.name for p in (msdm_run / "run").iterdir() if not p.name.startswith(("latents-", "text-"))}
     assert names == {"best", "last", "config.json", "metrics.jsonl", "samples", "state.pt", "MODEL_CARD.md",
                      ".lock"}
     config = json.loads((msdm_run / "run/best/adapter_config.json").read_text())

@@ -102,6 +102,45 @@ def test_ranks_share_the_encoding_and_their_file_is_that_of_one_process(folder, 
     assert two.name == one.name and two.read_bytes() == one.read_bytes()
 
 
+SHARED_TEXTS = """
+import sys
+from pathlib import Path
+import msdm, training
+from test_ranks import captions
+world, root = training.start("cpu"), Path(sys.argv[1])
+text, encoded = msdm.TextTransformer.encode, []
+
+def counted(self, ids, mask):
+    encoded.append(len(ids))
+    return text(self, ids, mask)
+
+msdm.TextTransformer.encode = counted
+found = captions(root / "two", world)
+assert sum(encoded) == [64 + 1, 17 + 1][world.rank], encoded  # and the empty one, to know the size
+again = captions(root / "two", world)
+assert encoded[-1] == 1 and (again.cache[0] == found.cache[0]).all(), encoded
+"""
+
+
+def captions(root, world):
+    """The captions of 80 images, with prompts of their own, for a frozen text encoder."""
+    records = [data.Record(ROOT / str(i), str(i), [f"an image with {i} polyps"]) for i in range(80)]
+    text = tiny_msdm().text.requires_grad_(False)
+    return msdm.CaptionSampler(records[8:], records[:8], text, 1, 0.2, "0", root, world)
+
+
+@torch.no_grad()
+def test_ranks_share_the_captions_and_their_file_is_that_of_one_process(tmp_path):
+    one = captions(tmp_path / "one", training.start("cpu"))
+    prompts = sorted(one.rows)
+    states, mask = tiny_msdm().text(prompts[:64])  # in batches of the same size
+    assert torch.equal(one.cache[0][:64], states) and torch.equal(one.cache[1][:64], mask)
+    (tmp_path / "two.py").write_text(SHARED_TEXTS)
+    two_ranks(tmp_path / "two.py", tmp_path)
+    (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
+    assert a.name == b.name and a.name.startswith("text-") and a.read_bytes() == b.read_bytes()
+
+
 SHARED_VALIDATION = """
 import argparse, torch, training, vae
 from command import BadInput

@@ -18,6 +18,7 @@ import encoded
 import finetune
 import msdm
 import phantom
+import training
 import vae
 import wording
 from files import load_safetensors, save_safetensors
@@ -53,23 +54,24 @@ def test_a_prompt_without_paraphrases_draws_no_random_number():
     assert torch.equal(g.get_state(), before)
 
 
-def captions_of(words, join):
-    records = [data.Record(Path("a"), "a", ["1 polyp", "no text"])]
-    return msdm.CaptionSampler(records, records, tiny_msdm().text.requires_grad_(False), join, 0.0, words)
+def captions_of(words, join, folder):
+    records, text = [data.Record(Path("a"), "a", ["1 polyp", "no text"])], tiny_msdm().text
+    place = "", folder, training.start("cpu")
+    return msdm.CaptionSampler(records, records, text.requires_grad_(False), join, 0.0, *place, words)
 
 
-def test_a_joined_caption_says_each_prompt_once_and_in_one_way():
+def test_a_joined_caption_says_each_prompt_once_and_in_one_way(tmp_path):
     words = Wording({"1 polyp": ["one polyp", "a single polyp"], "no text": ["text-free"]}, "add")
     g = torch.Generator().manual_seed(0)
-    captions = captions_of(words, 2)
+    captions = captions_of(words, 2, tmp_path)
     drawn = {captions.draw(torch.tensor([0]), g)[0] for _ in range(200)}
     ones, texts = words.ways("1 polyp"), words.ways("no text")
     pairs = {f"{a} {b}" for a in ones for b in texts} | {f"{b} {a}" for a in ones for b in texts}
     assert drawn == {*ones, *texts, *pairs}
 
 
-def test_the_cache_of_text_states_holds_the_paraphrases():
-    captions = captions_of(Wording({"1 polyp": ["one polyp", "a single polyp"]}, "add"), 1)
+def test_the_cache_of_text_states_holds_the_paraphrases(tmp_path):
+    captions = captions_of(Wording({"1 polyp": ["one polyp", "a single polyp"]}, "add"), 1, tmp_path)
     assert captions.rows.keys() == {"", "1 polyp", "one polyp", "a single polyp", "no text"}
     assert len(captions.cache[0]) == 5
 
