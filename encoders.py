@@ -19,28 +19,32 @@ from weights import HALF, check_finite, refuse_pickles
 VOCABULARIES = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("*.model",)  # files of tokenizers
 
 
-def load_transformer(cls, folder, dtype=None, pads=True):
-    """A tokenizer or, with dtype, a frozen model of transformers from a folder; BadInput if it fails.
-
-    No code of the folder is run, and nothing unpickled. Of weights in two precisions those for dtype are
-    read. pads: whether the tokenizer must have a padding token, as one has not whose texts are read alone.
-    """
-    folder = Path(folder)
+def check_files(folder, is_tokenizer):
+    """BadInput for a folder that lacks what load_transformer reads, or has git-lfs pointers for it."""
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected the model's {folder.name} there, as published: "
                        "download the model again")
     for file in folder.glob("*"):
         if file.is_file():
             refuse_pointer(file)
-    settings = {"trust_remote_code": False}
-    if dtype is None:
-        # Without a vocabulary transformers makes a tokenizer that knows no word, and says nothing.
-        if not any(all(any(folder.glob(name)) for name in names) for names in VOCABULARIES):
-            raise BadInput(f"{folder}: no vocabulary, expected tokenizer.json, or vocab.json and merges.txt, "
-                           "or spiece.model: download the model again")
-    else:
+    if not is_tokenizer:
         read_json(folder / "config.json")  # if it is absent or broken, transformers takes sizes of its own
         refuse_pickles(folder)
+    # Without a vocabulary transformers makes a tokenizer that knows no word, and says nothing.
+    elif not any(all(any(folder.glob(name)) for name in names) for names in VOCABULARIES):
+        raise BadInput(f"{folder}: no vocabulary, expected tokenizer.json, or vocab.json and merges.txt, or "
+                       "spiece.model: download the model again")
+
+
+def load_transformer(cls, folder, dtype=None, pads=True):
+    """A tokenizer or, with dtype, a frozen model of transformers from a folder; BadInput if it fails.
+
+    No code of the folder is run, and nothing unpickled. Of weights in two precisions those for dtype are
+    read. pads: whether the tokenizer must have a padding token, as one has not whose texts are read alone.
+    """
+    folder, settings = Path(folder), {"trust_remote_code": False}
+    check_files(folder, dtype is None)
+    if dtype is not None:
         halves = [".fp16" in f.name for f in folder.glob("*.safetensors")]
         half = any(halves) and (dtype in HALF or all(halves))
         settings |= {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None}

@@ -25,6 +25,7 @@ import diffusion
 from data import to_float, to_uint8
 from diffusion import SOLVERS, denoiser, from_image, guided, sample_in_batches, seeded_noise
 from encoders import (
+    check_files,
     check_vocabulary,
     clip_black,
     clip_images,
@@ -485,6 +486,7 @@ class Kandinsky3:
 
         folder = fetch(folder, dtype)
         check_kind(folder, "3")
+        check_files(folder / "text_encoder", is_tokenizer=False)  # it is loaded only when prompts are there
         unet = load_unet3(folder / "unet", dtype)
         if lora is not None:
             load_adapter(unet, lora)

@@ -314,6 +314,8 @@ LFS = "a git-lfs pointer instead of the file: run `git lfs pull`"
        "a U-Net of Kandinsky 2.1; expected") for kind, folder in (("2.2", "decoder"), ("3", "3"))),
     *((kind, "kandinsky3.pt", original, "kandinsky3.pt: a pickle of torch.save (.pt, .ckpt, .bin), which may")
       for kind in ("2.2", "3")),
+    ("3", "3/text_encoder", shutil.rmtree, "text_encoder: no such folder, expected the model's text_encoder"),
+    ("3", "3/text_encoder/model.safetensors", pointer, LFS),
     *((kind, f"{folder}/tokenizer", shutil.rmtree, "tokenizer: no such folder, expected the model's "
        "tokenizer there, as published: download") for kind, folder in (("2.2", "prior"), ("3", "3"))),
     ("2.2", "prior/tokenizer/merges.txt", without_merges, "no vocabulary, expected tokenizer.json, "
