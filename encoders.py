@@ -1,4 +1,4 @@
-"""The frozen encoders around Kandinsky's networks, as transformers loads them: CLIP's two, T5, tokenizers.
+"""Frozen encoders as transformers loads them: CLIP's two, T5, tokenizers around Kandinsky, vision models.
 
 CLIP  arXiv:2103.00020  text and image towers with projections into one space of embeddings
 """
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from files import read_json, refuse_pointer
-from weights import HALF, check_finite, refuse_pickles
+from weights import HALF, check_finite, listed, refuse_pickles
 
 VOCABULARIES = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("*.model",)  # files of tokenizers
 
@@ -40,14 +40,16 @@ def load_transformer(cls, folder, dtype=None, pads=True):
     """A tokenizer or, with dtype, a frozen model of transformers from a folder; BadInput if it fails.
 
     No code of the folder is run, and nothing unpickled. Of weights in two precisions those for dtype are
-    read. pads: whether the tokenizer must have a padding token, as one has not whose texts are read alone.
+    read. Every weight must be there but those of a pooling layer, which none of our models reads. pads:
+    whether the tokenizer must have a padding token, as one has not whose texts are read alone.
     """
     folder, settings = Path(folder), {"trust_remote_code": False}
     check_files(folder, dtype is None)
     if dtype is not None:
         halves = [".fp16" in f.name for f in folder.glob("*.safetensors")]
         half = any(halves) and (dtype in HALF or all(halves))
-        settings |= {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None}
+        settings |= {"dtype": dtype, "use_safetensors": True, "variant": "fp16" if half else None,
+                     "output_loading_info": True}
     try:
         loaded = cls.from_pretrained(folder, local_files_only=True, **settings)
     except MemoryError:
@@ -60,8 +62,23 @@ def load_transformer(cls, folder, dtype=None, pads=True):
             raise BadInput(f"{folder}: the tokenizer has no padding token; expected tokenizer_config.json or "
                            "special_tokens_map.json beside its vocabulary")
         return loaded
+    loaded, info = loaded
+    if missing := sorted(k for k in info["missing_keys"] if "pooler." not in k):
+        raise BadInput(f"{folder}: lacks weights of {type(loaded).__name__}: {listed(missing, 5)}")
     check_finite(folder, dict(loaded.named_parameters()))
     return loaded.requires_grad_(False).eval()
+
+
+def load_image_processor(folder):
+    """The image processor of transformers in a folder, which makes pixels of images; no code of it is run."""
+    from transformers import AutoImageProcessor
+
+    read_json(folder / "preprocessor_config.json")
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a file that transformers cannot use shows in many ways
+        raise BadInput(f"{folder}/preprocessor_config.json: transformers makes no image processor of it "
+                       f"({reason(error)})") from None
 
 
 def _missing_packages(folder):

@@ -1,15 +1,16 @@
-"""Inception networks and their weights: uint8 images in, features out.
+"""Networks that turn images into features: the Inceptions with their weights, and encoders of transformers.
 
 Inception arXiv:1512.00567
 
 FID was defined on TensorFlow's graph of December 2015, 299 px, which is not torchvision's network: Inception
 below has its average pooling, its last maximum pooling and its 1,008 classes. ImageNetInception is
-torchvision's.
+torchvision's. ImageEncoder is any vision model that transformers has the code of.
 """
 
 from command import BadInput
 
 import math
+import re
 import shutil
 import urllib.request
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from files import file_hash, read_state, replacing
+from encoders import load_image_processor, load_transformer
+from files import file_hash, folder_hash, read_json, read_state, replacing
+from weights import fetch
 
 
 class Conv(nn.Module):
@@ -239,6 +242,49 @@ class ImageNetInception(nn.Module):
         x = resized(images, resize, self.net.fc.weight.device) / 127.5 - 1  # as in its training, and Keras
         with no_tf32():
             return {"logits": self.net(x)}
+
+
+class ImageEncoder(nn.Module):
+    """A vision model of transformers, by folder or name: uint8 (b, 3, h, w) -> {"features": (b, d)}.
+
+    Its own image processor makes the pixels. The features are the image embedding of a model of images and
+    texts (CLIP), else the state of the CLS token (ViT, DINOv2), else the pooled state; `features` says which.
+    A pooling layer on top of the CLS state is left out: many checkpoints come without one. BadInput for a
+    folder that transformers cannot load as it is, without code of the folder and without pickles.
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        import transformers  # here: the Inceptions do not need it
+
+        transformers.logging.set_verbosity_error()          # it would report weights that play no part here
+        folder = fetch(name, torch.float32)
+        self.processor = load_image_processor(folder)
+        kind = str(read_json(folder / "config.json").get("architectures"))
+        projects = re.search(r"\w+VisionModelWithProjection", kind)    # AutoModel would drop its projection
+        cls = getattr(transformers, projects[0] if projects else "AutoModel", transformers.AutoModel)
+        self.net = load_transformer(cls, folder, torch.float32)
+        has_cls = any(k.endswith(("cls_token", "class_embedding")) for k, _ in self.net.named_parameters())
+        embeds = cls is not transformers.AutoModel or hasattr(self.net, "get_image_features")
+        if not embeds and self.net.main_input_name != "pixel_values":
+            raise BadInput(f"{name}: {type(self.net).__name__} reads {self.net.main_input_name}, expected a "
+                           "model of images")
+        self.features = "image embedding" if embeds else "CLS state" if has_cls else "pooled state"
+        self.source, self.published = folder_hash(folder), None     # None: nobody's protocol names it
+
+    @torch.inference_mode()
+    def forward(self, images, resize=None):
+        """resize is not used: the image processor has its own."""
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.net.device)
+        with no_tf32():
+            if hasattr(self.net, "get_image_features"):
+                out = self.net.get_image_features(pixel_values=pixels)
+            else:
+                out = self.net(pixel_values=pixels)
+        if self.features == "CLS state":
+            return {"features": out.last_hidden_state[:, 0]}
+        x = out.image_embeds if "image_embeds" in out else out.pooler_output
+        return {"features": x.flatten(1)}                   # convolutional ones pool to (b, d, 1, 1)
 
 
 def no_tf32():

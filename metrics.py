@@ -1,26 +1,23 @@
-"""How close generated images come to real ones: FID, KID, precision, recall, F1 and Inception Score.
+"""How close generated images come to real ones: the command, from two folders to a table of figures.
 
-FID               arXiv:1706.08500  Eq. 6     Frechet distance of two Gaussians fitted to Inception features
-KID               arXiv:1801.01401  Sec. 4    squared maximum mean discrepancy, cubic kernel, unbiased
-precision, recall arXiv:1904.06991  Eq. 1, 2  share of one set inside the k-NN balls of the other
-Inception Score   arXiv:1606.03498  Sec. 4    exp of the mean KL(p(y|x) || p(y)), by splits
-
-Features are those of the network that FID was defined on: TensorFlow's Inception of December 2015, 299 px,
-which is not torchvision's (inception.py). Kynkäänniemi et al. (1904.06991) use VGG-16 features for precision
-and recall, here as in MSDM's paper they are Inception's: the numbers are not comparable with theirs. The
-standard error of KID is ours. The first half of the file works on arrays only; the second half turns folders
-into arrays.
+The figures are functions of feature arrays (distances.py). Without --features, features are those of the
+network that FID was defined on: TensorFlow's Inception of December 2015, 299 px, which is not torchvision's
+(inception.py). Kynkäänniemi et al. (1904.06991) use VGG-16 features for precision and recall, here as in
+MSDM's paper they are Inception's: the numbers are not comparable with theirs. --features takes another space
+(spaces.py). --protocol computes what the task's organisers did, in 2024 by the ImageNet Inception, in 2025
+(imageclef.py) by a medical image encoder.
 
     python metrics.py --real data/kvasir --fake out/msdm
     python metrics.py --real data/kvasir --fake out/msdm --protocol imageclef
     python metrics.py --real data/phantom --fake out/tiny --weights rule  # needs no download: not comparable
+    python metrics.py --real data/kvasir --fake out/msdm --features facebook/dinov2-base
+    python metrics.py --real data/kvasir --fake out/msdm --protocol imageclef2025 --pairs paraphrases.csv
     torchrun --nproc-per-node 4 metrics.py --real data/kvasir --fake out/msdm  # the images shared out
 """
 
 from command import BadInput, run_command
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -28,13 +25,29 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import imageclef
+import spaces
 import training
 from data import SUFFIXES, batches, check_writable, read_ahead
+from distances import (
+    as_features,
+    ball_counts,
+    f1_score,
+    fid,
+    fid_interval,
+    frechet_distance,
+    in_balls,
+    inception_score,
+    kid,
+    mean_and_root,
+    mean_interval,
+)
+from distances import density_coverage as density_coverage
+from distances import precision_recall as precision_recall
 from files import (
     check_replaced,
     is_json_with,
@@ -49,257 +62,21 @@ from files import (
 from inception import ImageNetInception, Inception
 from pixels import FORMATS, open_image, preprocess
 
-# Statistics of feature arrays
-
-
-def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
-    """|mu_1 - mu_2|^2 + tr(cov_1 + cov_2 - 2 (cov_1 cov_2)^(1/2)) of two Gaussians, singular or not."""
-    mu_1, mu_2 = (as_moment(mu, f"mu_{i}", 1) for i, mu in ((1, mu_1), (2, mu_2)))
-    cov_1, cov_2 = (as_moment(cov, f"cov_{i}", 2) for i, cov in ((1, cov_1), (2, cov_2)))
-    if not len(mu_1) == len(mu_2) == len(cov_1) == len(cov_2):
-        raise BadInput(f"Frechet distance: expected equal widths, got mu {len(mu_1)} and {len(mu_2)}, "
-                       f"cov {len(cov_1)} and {len(cov_2)}")
-    return distance_of_roots(mu_1, root(cov_1, "cov_1"), mu_2, root(cov_2, "cov_2"))
-
-
-def fid(real, fake) -> float:
-    """Frechet distance of Gaussians fitted to two sets of features (n, d), unbiased covariances."""
-    real, fake = two_sets(real, fake, least=2)
-    return distance_of_roots(*mean_and_root(real), *mean_and_root(fake))
-
-
-def distance_of_roots(mu_1, root_1, mu_2, root_2):
-    """With cov = R^T R and M = R_1 R_2^T, cov_1 cov_2 has the nonzero eigenvalues of the symmetric M M^T.
-
-    So no root of an unsymmetric matrix is needed, with the imaginary parts that rounding gives it. A zero
-    eigenvalue may come out as 1e-16 of the largest, its root as 1e-8; svdvals(M) would be exact and several
-    times as slow.
-    """
-    m = root_1 @ root_2.T
-    m = m if m.shape[0] <= m.shape[1] else m.T
-    trace = torch.linalg.eigvalsh(m @ m.T).clamp_min(0).sqrt().sum()
-    distance = (mu_1 - mu_2).square().sum() + root_1.square().sum() + root_2.square().sum() - 2 * trace
-    return max(0.0, distance.item())
-
-
-def mean_and_root(x):
-    """mu and R with R^T R the covariance of the rows of x. With n <= d, R is the scaled centred rows."""
-    n, d = x.shape
-    mu = x.mean(0, dtype=torch.float64)
-    return mu, (x.double() - mu) / math.sqrt(n - 1) if n <= d else root(covariance(x, mu), "covariance")
-
-
-def covariance(x, mu):
-    cov = torch.zeros(len(mu), len(mu), dtype=torch.float64, device=x.device)
-    for rows in x.split(1024):                              # never the whole set in float64
-        rows = rows.double() - mu
-        cov.addmm_(rows.T, rows)
-    return cov.div_(len(x) - 1)
-
-
-def root(cov, name):
-    """R (rank, d) with R^T R = cov, by pivoted Cholesky (LAPACK's pstrf), which stops at the rank of cov.
-
-    The textbook's symmetric root needs eigh, which takes more than ten times as long at d = 2,048.
-    """
-    factor, pivot, rank, _ = scipy.linalg.lapack.dpstrf(cov.cpu().numpy().T, lower=1)
-    r = torch.from_numpy(factor.T[:rank]).triu()[:, np.argsort(pivot)].to(cov.device)
-    if (cov.trace() - r.square().sum()).abs() <= 1e-6 * cov.trace().abs():
-        return r
-    value, vector = torch.linalg.eigh(cov)                  # not quite positive: from float32, for instance
-    if value[0] < -1e-4 * value[-1].abs():
-        raise BadInput(f"{name}: has negative eigenvalues, expected a covariance")
-    return value.clamp_min(0).sqrt()[:, None] * vector.T
-
-
-def kid(real, fake, subset_size: int | None = None, subsets=100, seed=0) -> tuple[float, float]:
-    """(MMD^2, standard error) with the kernel (x.y / d + 1)^3; unbiased, so MMD^2 may be negative.
-
-    subset_size None: over the whole sets. Else the mean over random subsets; subsets overlap: the standard
-    error uses n / subset_size effective subsets (ours; most libraries report the standard deviation over
-    subsets).
-    """
-    real, fake = two_sets(real, fake, least=2)
-    if subset_size is None:
-        return mmd(real, fake)
-    n = min(len(real), len(fake))
-    if not 2 <= subset_size <= n:
-        raise BadInput(f"KID: expected a subset size from 2 to {n}, the smaller set, got {subset_size}")
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(subsets):
-        x, y = (x[rng.choice(len(x), subset_size, replace=False)] for x in (real, fake))
-        values.append(mmd(x, y)[0])
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n / subset_size))
-
-
-def mmd(x, y):
-    """(MMD^2, standard error) by U-statistics: arXiv:1801.01401, Eq. 4; our error is of their linear part."""
-    m, n = len(x), len(y)
-    xx, yy = ((kernel_sums(a, a)[0] - (a.double().square().mean(1) + 1) ** 3) / (len(a) - 1) for a in (x, y))
-    over_y, over_x = kernel_sums(x, y)
-    over_y, over_x = over_y / n, over_x / m  # mean kernel of each x with all y, of each y with all x
-    value = xx.mean() + yy.mean() - over_y.mean() - over_x.mean()
-    variance = 4 * ((xx - over_y).var() / m + (yy - over_x).var() / n)
-    return value.item(), variance.sqrt().item()
-
-
-def kernel_sums(x, y):
-    """Sums over the rows and over the columns of the kernel matrix, in float64, one strip at a time."""
-    y = y.double()
-    rows, columns = (torch.zeros(len(a), dtype=torch.float64, device=x.device) for a in (x, y))
-    for i in torch.arange(len(x), device=x.device).split(512):
-        k = (x[i].double() @ y.T).div_(x.shape[1]).add_(1).pow_(3)
-        rows[i] = k.sum(1)
-        columns += k.sum(0)
-    return rows, columns
-
-
-def precision_recall(real, fake, k=3) -> tuple[float, float]:
-    """Precision: share of fakes inside the k-NN balls of the reals. Recall: the reverse. (Eq. 1, 2)
-
-    Equal to (covered(fake, real), covered(real, fake)) in float64, with
-
-        def covered(a, b):
-            radius = torch.cdist(b, b).kthvalue(k + 1, dim=1).values    # + 1: nearest to a point is itself
-            return (torch.cdist(a, b) <= radius).any(dim=1).double().mean().item()
-
-    Faster: distances come from a float32 product, one strip at a time. Wherever its rounding could decide,
-    the distance is computed again in float64: a duplicate is at distance 0, and a ball contains its boundary.
-    """
-    real, fake = two_sets(real, fake, least=k + 1)
-    ball_real, ball_fake = radii(real, k), radii(fake, k)
-    centre = real.mean(0)
-    small, norm = centred(real, centre)
-    in_real, in_fake = (torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (fake, real))
-    for i in torch.arange(len(fake), device=fake.device).split(512):
-        d2, slack = squared_distances(*centred(fake[i], centre), small, norm)
-        in_real[i] = inside(d2 - ball_real.float(), fake[i], real, ball_real, slack)
-        in_fake |= inside((d2 - ball_fake[i, None].float()).T, real, fake[i], ball_fake[i], slack)
-    return in_real.double().mean().item(), in_fake.double().mean().item()
-
-
-def f1_score(precision, recall) -> float:
-    """Harmonic mean; 0 where both are 0."""
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def radii(x, k, strip=1024):
-    """Squared distance of every row to its k-th neighbour in float64, not counting the row itself.
-
-    The matrix of distances is symmetric: each block serves its rows and its columns.
-    """
-    small, norm = centred(x, x.mean(0))
-    spare = min(k + 3, len(x))                              # two more than needed: float32 may swap them
-    near = torch.full((len(x), spare), torch.inf, device=x.device)
-    who = torch.zeros(len(x), spare, dtype=torch.int64, device=x.device)
-
-    def keep_nearest(rows, d2, first):
-        d, i = d2.topk(min(spare, d2.shape[1]), largest=False)
-        d, i = torch.cat([near[rows], d], 1), torch.cat([who[rows], i + first], 1)
-        near[rows], order = d.topk(spare, largest=False)
-        who[rows] = i.gather(1, order)
-
-    starts = range(0, len(x), strip)
-    for i in starts:
-        for j in starts[i // strip:]:
-            a, b = slice(i, i + strip), slice(j, j + strip)
-            d2, _ = squared_distances(small[a], norm[a], small[b], norm[b])
-            keep_nearest(a, d2, j)
-            if j > i:
-                keep_nearest(b, d2.T.contiguous(), i)
-    out = torch.empty(len(x), dtype=torch.float64, device=x.device)     # a list of parts fragments the heap
-    for i in torch.arange(len(x), device=x.device).split(256):
-        a, b = x[i, None].double(), x[who[i]].double()
-        exact = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
-        out[i] = exact.kthvalue(k + 1).values.square()
-    return out
-
-
-def inside(gap, a, b, ball, slack):
-    """Which rows of a lie in a ball of b; gap (a, b): squared distance minus squared radius, up to slack."""
-    low, at = gap.min(1)
-    found = low < -slack
-    unsure = (low.abs() <= slack).nonzero()[:, 0]
-    rim = ball * (1 + 1e-12)                                # sums of 2,048 squares in another order
-    found[unsure] = (a[unsure].double() - b[at[unsure]]).square().sum(1) <= rim[at[unsure]]
-    for i in unsure[~found[unsure]]:                        # not in the closest ball, but perhaps in another
-        others = (gap[i] <= slack).nonzero()[:, 0]
-        found[i] = ((a[i].double() - b[others]).square().sum(1) <= rim[others]).any()
-    return found
-
-
-def centred(x, centre):
-    """(x - centre in float32, its squared norms): smaller numbers have smaller rounding errors."""
-    small = (x - centre).float()
-    return small, torch.linalg.vector_norm(small, dim=1).square()
-
-
-def squared_distances(a, norm_a, b, norm_b):
-    """|a|^2 + |b|^2 - 2 a.b for every row of a with every row of b, and a bound on its rounding."""
-    slack = 4 * torch.finfo(torch.float32).eps * math.sqrt(a.shape[1]) * (norm_a.max() + norm_b.max())
-    return torch.addmm(norm_b, a, b.T, alpha=-2).add_(norm_a[:, None]), slack.item()
-
-
-def inception_score(logits, splits=10) -> tuple[float, float]:
-    """Mean and standard deviation over equal splits, in the order given, of exp(mean KL(p(y|x) || p(y)))."""
-    logits = as_features(logits, "logits", least=splits)
-    scores = []
-    for i in range(splits):
-        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double().log_softmax(1)
-        p = log_p.exp()
-        log_marginal = p.mean(0).clamp_min(torch.finfo(p.dtype).tiny).log()
-        scores.append((p * (log_p - log_marginal)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def as_features(x, name, least) -> torch.Tensor:
-    """x as a tensor (n, d) of float32 or float64 on its own device, checked: n >= least, finite."""
-    x = torch.as_tensor(x).detach()
-    if x.ndim != 2 or not x.shape[1] or x.is_complex():
-        raise BadInput(f"{name}: expected an array (images, features), got shape {tuple(x.shape)}")
-    if len(x) < least:
-        raise BadInput(f"{name}: expected at least {least} images, got {len(x)}")
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    if not x.isfinite().all():
-        row = (~x.isfinite()).any(1).nonzero()[0].item()
-        raise BadInput(f"{name}: row {row} holds NaN or infinity")
-    return x
-
-
-def two_sets(real, fake, least):
-    real, fake = as_features(real, "real", least), as_features(fake, "fake", least)
-    if real.shape[1] != fake.shape[1]:
-        raise BadInput(f"features of different widths: real {real.shape[1]}, fake {fake.shape[1]}")
-    if real.dtype != fake.dtype:
-        real, fake = real.double(), fake.double()
-    return real, fake.to(real.device)
-
-
-def as_moment(x, name, ndim):
-    x = torch.as_tensor(x, dtype=torch.float64)
-    if x.ndim != ndim or ndim == 2 and len(x) != x.shape[1]:
-        expected = "square matrix" if ndim == 2 else "vector"
-        raise BadInput(f"{name}: expected a {expected}, got shape {tuple(x.shape)}")
-    if not x.isfinite().all():
-        raise BadInput(f"{name}: holds NaN or infinity")
-    if ndim == 2 and (x - x.T).abs().max() > 1e-6 * x.abs().max():
-        raise BadInput(f"{name}: not symmetric, expected a covariance")
-    return x
-
-
 # Every number of two sets
 
 
 SPLITS, K, PARTS = 10, 3, 4
+K_DENSITY = 5  # of density and coverage, as Naeem et al. choose it
+SOFTMAX = ("imageclef", "imageclef-resized")  # the protocols whose features are softmax outputs
 
 
-def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0) -> dict:
+def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0, resamples=0) -> dict:
     """Every number of two sets {"features", "logits"}; real may be {"mu", "sigma"}.
 
-    whole=False leaves out KID, precision and recall. FID decreases with n. For scale it is also computed for
-    two disjoint halves of the real set, for as many fakes against one of these halves, and for disjoint parts
-    of both sets (mean and standard deviation).
+    whole=False leaves out KID, precision, recall, density and coverage. FID decreases with n. For scale it is
+    also computed for two disjoint halves of the real set, for as many fakes against one of these halves, and
+    for disjoint parts of both sets (mean and standard deviation). resamples: of the intervals, NAME_low and
+    NAME_high; 0 leaves them out.
     """
     rng, out = np.random.default_rng(seed), {}
     x, logits = shuffled(fake, rng)                         # files are in prompt order, splits must not be
@@ -320,8 +97,16 @@ def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0) -> dict:
         out["fid_parts"], out["fid_parts_std"] = float(np.mean(parts)), float(np.std(parts, ddof=1))
     if whole:
         out["kid"], out["kid_error"] = kid(y, x, kid_subset_size)
-        out["precision"], out["recall"] = precision_recall(y, x, K)
+        shares = dict(zip(("precision", "recall"), in_balls(y, x, K), strict=True))
+        if min(len(y), len(x)) > K_DENSITY:
+            shares |= zip(("density", "coverage"), ball_counts(y, x, K_DENSITY), strict=True)
+        out |= {name: values.double().mean().item() for name, values in shares.items()}
         out["f1"] = f1_score(out["precision"], out["recall"])
+        if resamples:
+            intervals = {"fid": fid_interval(y, x, resamples, seed)}
+            intervals |= {name: mean_interval(values, resamples, seed) for name, values in shares.items()}
+            for name, ends in intervals.items():
+                out[f"{name}_low"], out[f"{name}_high"] = ends
     return out
 
 
@@ -417,7 +202,7 @@ def shared_features(net, paths, file, protocol, args, world, what):
         kept = read_cached(file) if world.is_main else None
     if world.mean(float(kept is not None)):
         return kept and kept[0]
-    names = ("2048", "logits_unbiased", "logits")
+    names = ("2048", "logits_unbiased", "logits", "features")
     with world.together():
         own = world.share(batches(len(paths), args.batch_size))
         out = own and extract(net, paths[own[0].start:own[-1].stop], protocol["size"], args.resize, names,
@@ -426,11 +211,11 @@ def shared_features(net, paths, file, protocol, args, world, what):
     if not world.is_main:
         return None
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if args.protocol == "fid":
+    if args.protocol in SOFTMAX:
+        out = {"features": out["logits"].double().softmax(1).float(), "logits": out["logits"]}
+    elif "features" not in out:
         out = {"features": out["2048"], "logits": out.get("logits_unbiased")}
         out = {name: x for name, x in out.items() if x is not None}
-    else:
-        out = {"features": out["logits"].double().softmax(1).float(), "logits": out["logits"]}
     save_or_say(file, out)
     return out
 
@@ -464,6 +249,7 @@ PROTOCOLS = {
     "fid": "pooled features (2,048) of the FID Inception",
     "imageclef": "softmax (1,000) of torchvision's ImageNet Inception-v3, images re-flowed by numpy.resize",
     "imageclef-resized": "softmax (1,000) of torchvision's ImageNet Inception-v3, images really resized",
+    "imageclef2025": "at unit length",
 }
 NOTES = {
     "fid": [
@@ -478,7 +264,12 @@ NOTES = {
         "the organisers' features without their numpy.resize: not comparable with their figures, nor with",
         "FIDs of the pooled features (--protocol fid); they used Keras' weights, these are torchvision's",
     ],
+    "imageclef2025": [
+        f"the protocol of 2025, there with features of {imageclef.ENCODER}:",
+        "figures of another space are not comparable with the organisers'",
+    ],
 }
+OTHER_SPACE = "figures of this space are comparable neither with those of another one nor with published FIDs"
 
 
 def table(numbers, setting) -> str:
@@ -487,19 +278,22 @@ def table(numbers, setting) -> str:
         if key not in numbers:
             return f"{name:<34}{'-':>10}"
         spread = f" ± {scale * numbers[error]:.4f}" if error else ""
+        if f"{key}_low" in numbers:
+            note += f"; 95 %: {numbers[f'{key}_low']:.4f} to {numbers[f'{key}_high']:.4f}"
         return f"{name:<34}{scale * numbers[key]:>10.4f}{spread:<13}{note}".rstrip()
 
-    known = numbers | setting
+    known, protocol = numbers | setting, setting["protocol"]
     n_real, n_fake, n_half, n_part = (known.get(n) for n in ("n_real", "n_fake", "n_half", "n_part"))
     rows = [
-        row("FID", "fid", f"{n_real or 'unknown'} real, {n_fake} fake"),
+        row("FID" if setting["features"] == "inception" else "Frechet distance", "fid",
+            f"{n_real or 'unknown'} real, {n_fake} fake"),
         row("  real half against real half", "fid_real_half",
             f"{n_half} and {n_half}: what a perfect model gets"),
         row("  real half against as many fakes", "fid_fake_half", f"{n_half} and {n_half}"),
         row(f"  mean of {PARTS} disjoint parts", "fid_parts", f"{n_part} and {n_part}, std. dev.",
             "fid_parts_std"),
     ]
-    if setting["protocol"] == "fid":
+    if protocol == "fid":
         subset_size = setting["kid_subset_size"]
         subsets = f"100 subsets of {subset_size}" if subset_size else "whole sets"
         rows += [
@@ -507,23 +301,31 @@ def table(numbers, setting) -> str:
             row("precision", "precision", f"k = {K}, fakes near reals"),
             row("recall", "recall", f"k = {K}, reals near fakes"),
             row("F1", "f1"),
+            row("density", "density", f"k = {K_DENSITY}, reals around a fake; near 1 for real images"),
+            row("coverage", "coverage", f"k = {K_DENSITY}, reals with a fake near"),
         ]
-    rows += [
-        row("Inception Score", "inception_score", f"{SPLITS} splits, std. dev.", "inception_score_std"),
-        row("  of the real images", "inception_score_real", f"{SPLITS} splits", "inception_score_real_std"),
-        "",
-    ]
-    published = "the published file" if setting["weights_published"] else "not the published file"
+    if setting["features"] == "inception":
+        rows += [
+            row("Inception Score", "inception_score", f"{SPLITS} splits, std. dev.", "inception_score_std"),
+            row("  of the real images", "inception_score_real", f"{SPLITS} splits",
+                "inception_score_real_std"),
+        ]
+    if protocol == "imageclef2025":
+        rows = imageclef.table(numbers)
+    published = {True: ", the published file", False: ", not the published file", None: ""}
     facts = {
         "real": f"{setting['real']}: {n_real or 'an unknown number of'} images",
         "fake": f"{setting['fake']}: {n_fake} images",
         "images": f"padded to a square, {setting['size']} px" if setting["size"] else "as they are",
-        "features": PROTOCOLS[setting["protocol"]],
-        "resize": f"{setting['resize']}, to 299 px",
-        "weights": f"{setting['weights'][:16]}, {published}",
+        "features": setting["space"],
+        "resize": setting["resize"] if setting["resize"] == OWN_RESIZE else f"{setting['resize']}, to 299 px",
+        "weights": f"{setting['weights'][:16]}{published[setting['weights_published']]}",
         "time": f"{setting['seconds']:.1f} s on {setting['device']}",
     }
-    return "\n".join(rows + [f"{name:<10}{fact}" for name, fact in facts.items()] + setting["notes"])
+    return "\n".join([*rows, ""] + [f"{name:<10}{fact}" for name, fact in facts.items()] + setting["notes"])
+
+
+OWN_RESIZE = "by the space's own image processor"
 
 
 def parse(argv):
@@ -532,13 +334,20 @@ def parse(argv):
     parser.add_argument("--real", type=Path, help="folder of real images, of any sizes")
     parser.add_argument("--fake", type=Path, required=True, help="folder of generated images of one size")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="fid",
-                        help="fid, or what MEDVQA-GI 2024 computed")
+                        help="fid, or what MEDVQA-GI computed in 2024, or in 2025")
+    parser.add_argument("--features", help="the space: inception, a vision model of transformers by folder "
+                        "or name, or classifier:FILE of judges.py; unset, inception, or for imageclef2025 "
+                        f"{imageclef.ENCODER}")
+    parser.add_argument("--pairs", type=Path,
+                        help="imageclef2025: csv of Prompt,Paraphrase, the prompts of --fake in pairs")
     parser.add_argument("--resize", choices=("tf1", "antialias"), default="tf1",
                         help="to 299 px: as TensorFlow 1, or with antialiasing")
     parser.add_argument("--weights", help="Inception weights: a .pth or .safetensors file, "
                         'or "rule" for random ones; unset, the published file from the cache or downloaded')
     parser.add_argument("--kid-subset-size", type=int,
                         help="images in each of 100 random subsets; unset, whole sets")
+    parser.add_argument("--bootstrap", type=int, default=100,
+                        help="resamples of each 95 %% interval; 0: none, which saves that many distances")
     parser.add_argument("--real-stats", type=Path,
                         help="file of the real features, written if absent, else read")
     parser.add_argument("--cache", type=Path,
@@ -548,20 +357,40 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=32, help="images at a time through the network")
     parser.add_argument("--workers", type=int, default=2, help="threads that read images")
     args = parser.parse_args(argv)
+    check_space(args)
     stats = args.real_stats
     if args.real is None and not (stats and stats.is_file()):
         raise BadInput(f"{stats}: no such file; expected it or --real DIR" if stats else
                        "expected --real, a folder")
     if stats and stats.suffix != ".safetensors" and not (stats.suffix == ".npz" and stats.is_file()):
         raise BadInput(f"{stats}: expected a .safetensors file, or an .npz that is there already")
-    if args.batch_size < 1 or args.workers < 0:
-        raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
-                       f"got {args.batch_size} and {args.workers}")
+    if args.batch_size < 1 or args.workers < 0 or args.bootstrap < 0:
+        raise BadInput("expected --batch-size >= 1, --workers >= 0 and --bootstrap >= 0, "
+                       f"got {args.batch_size}, {args.workers} and {args.bootstrap}")
     stats = None if stats and stats.is_file() else stats    # it is written
     check_writable(json=args.json, real_stats=stats)
     check_replaced(json=(args.json, "a result of metrics.py", is_result),
                    real_stats=(stats, "a file", os.path.isfile))
     return args
+
+
+def check_space(args):
+    """Fill in --features; BadInput for flags that belong to another space or protocol."""
+    of_2025 = args.protocol == "imageclef2025"
+    if args.features is None:
+        args.features = imageclef.ENCODER if of_2025 else "inception"
+    if args.features != "inception":
+        if args.protocol in SOFTMAX:
+            raise BadInput(f"--features {args.features}: --protocol {args.protocol} has features of its own")
+        for flag, given in (("--weights", args.weights), ("--resize", args.resize != "tf1" and args.resize)):
+            if given:
+                raise BadInput(f"{flag} {given}: is of the Inception; the features are those of "
+                               f"{args.features}")
+    if of_2025 != bool(args.pairs):
+        raise BadInput("--protocol imageclef2025: expected --pairs FILE, a csv of Prompt,Paraphrase"
+                       if of_2025 else f"--pairs {args.pairs}: only --protocol imageclef2025 reads it")
+    if of_2025 and (args.real is None or args.real_stats):
+        raise BadInput("--protocol imageclef2025: expected --real FOLDER with captions, not --real-stats")
 
 
 def is_result(path):
@@ -580,9 +409,10 @@ def image_sets(args, known, quiet):
             say_nested(folder)
     fake_paths = image_files(args.fake, quiet)
     real_paths = [] if known else image_files(args.real, quiet)
-    if len(fake_paths) < SPLITS:
-        raise BadInput(f"{args.fake}: expected at least {SPLITS} images, one a split of the Inception Score, "
-                       f"got {len(fake_paths)}")
+    least, why = ((SPLITS, "one a split of the Inception Score") if args.features == "inception" else
+                  (K + 1, "k + 1 for recall"))
+    if len(fake_paths) < least:
+        raise BadInput(f"{args.fake}: expected at least {least} images, {why}, got {len(fake_paths)}")
     if not known and len(real_paths) <= K:
         raise BadInput(f"{args.real}: expected at least {K + 1} images, k + 1 for precision, "
                        f"got {len(real_paths)}")
@@ -595,6 +425,33 @@ def image_sets(args, known, quiet):
     return real_paths, fake_paths
 
 
+def load_network(args):
+    """(the network of the protocol, its resize, words for its features)."""
+    if args.protocol in SOFTMAX:
+        resize = "numpy.resize" if args.protocol == "imageclef" else args.resize
+        return ImageNetInception(args.weights), resize, PROTOCOLS[args.protocol]
+    if args.features == "inception":
+        return Inception(args.weights), args.resize, PROTOCOLS["fid"]
+    net = spaces.load(args.features)
+    return net, OWN_RESIZE, f"{args.features}: {net.features}"
+
+
+def notes_of(args, net, numbers, width):
+    """What a reader must know of the figures, as lines."""
+    notes = list(NOTES[args.protocol])
+    if args.features != "inception" and args.protocol == "fid":
+        notes = [OTHER_SPACE]
+    n = min(numbers["n_real"] or numbers["n_fake"], numbers["n_fake"])
+    if n <= width and args.protocol != "imageclef2025":
+        notes.append(f"small sets: {n} images for {width} features; the Frechet distance is too large by an "
+                     "amount that falls with n: compare equal n only")
+    if net.source == "rule":
+        notes.append("not comparable with any published number: these are random weights made by a rule")
+    elif net.published is False:
+        notes.append("not comparable with any published number, unless this file holds the published tensors")
+    return notes
+
+
 def main(argv=None):
     args = parse(argv)
     start = time.perf_counter()
@@ -602,13 +459,14 @@ def main(argv=None):
     world = training.start("cpu")  # gloo, whatever --device is: features are gathered on the CPU
     with world.together():
         real_paths, fake_paths = image_sets(args, known, quiet=not world.is_main)
+        groups = args.pairs and imageclef.read_groups(args.pairs, args.real, real_paths, args.fake,
+                                                      fake_paths)
         size = common_side(fake_paths)
         device = training.own_device(args.device)
-    network = Inception if args.protocol == "fid" else ImageNetInception
-    net = world.main_first(lambda: network(args.weights).to(device))  # it may download the weights
-    reflow = args.protocol == "imageclef"
-    protocol = {"protocol": args.protocol, "weights": net.source, "size": None if reflow else size,
-                "resize": "numpy.resize" if reflow else args.resize}
+    net, resize, space = world.main_first(lambda: load_network(args))  # it may download the weights
+    net.to(device)
+    protocol = {"protocol": args.protocol, "weights": net.source,
+                "size": None if resize == "numpy.resize" else size, "resize": resize}
 
     def features(folder, paths, what):
         folder = folder.resolve()
@@ -625,18 +483,20 @@ def main(argv=None):
         return
     if args.real_stats and not known:
         save_safetensors(args.real_stats, real, protocol)
-    numbers = evaluate(real, fake, args.protocol == "fid", args.kid_subset_size)
-
-    notes = list(NOTES[args.protocol])
-    if net.source == "rule":
-        notes.append("not comparable with any published number: these are random weights made by a rule")
-    elif not net.published:
-        notes.append("not comparable with any published number, unless this file holds the published tensors")
-    setting = protocol | {
+    if groups:
+        numbers = imageclef.evaluate(real["features"], fake["features"], groups, args.bootstrap)
+        space += f", {PROTOCOLS[args.protocol]}"
+    else:
+        whole = args.protocol == "fid"
+        numbers = evaluate(real, fake, whole, args.kid_subset_size, resamples=args.bootstrap)
+    counts = {"n_real": len(real["features"]) if "features" in real else None, "n_fake": len(fake_paths)}
+    setting = protocol | counts | {
         "real": str(args.real_stats if known else args.real), "fake": str(args.fake),
-        "n_real": len(real["features"]) if "features" in real else None, "n_fake": len(fake_paths),
-        "k": K, "splits": SPLITS, "kid_subset_size": args.kid_subset_size, "weights_published": net.published,
-        "device": str(device), "seconds": time.perf_counter() - start, "notes": notes,
+        "features": args.features, "space": space, "pairs": args.pairs and str(args.pairs),
+        "k": K, "k_density": K_DENSITY, "splits": SPLITS, "bootstrap": args.bootstrap,
+        "kid_subset_size": args.kid_subset_size, "weights_published": net.published, "device": str(device),
+        "seconds": time.perf_counter() - start,
+        "notes": notes_of(args, net, counts, fake["features"].shape[1]),
     }
     print(table(numbers, setting))
     result = numbers | setting

@@ -255,6 +255,64 @@ def test_a_collapsed_fake_is_precise_and_recalls_nothing():
     assert metrics.precision_recall(real, far) == (0, 0) and metrics.f1_score(0, 0) == 0
 
 
+# ---------------------------------------------------------------- density, coverage, intervals
+
+@given(st.integers(0, 10**6), st.integers(6, 30), st.integers(6, 30), st.integers(1, 5),
+       st.sampled_from([0, 1e2, 1e4]))
+@settings(max_examples=60, deadline=None)
+def test_density_and_coverage_are_exact(seed, n_real, n_fake, k, offset):
+    """By the formula of Naeem et al., on integers, where every distance is a tie and rims count."""
+    rng = torch.Generator().manual_seed(seed)
+    real = torch.randint(0, 4, (n_real, 3), generator=rng).float() + offset
+    fake = torch.randint(0, 5, (n_fake, 3), generator=rng).float() + offset
+    a, b = real.double(), fake.double()
+    ball = (a[:, None] - a[None]).square().sum(2).sort(1).values[:, k]
+    within = (b[:, None] - a[None]).square().sum(2) <= ball
+    expected = within.sum().item() / (k * n_fake), within.any(0).double().mean().item()
+    assert metrics.density_coverage(real, fake, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_density_and_coverage_in_strips():
+    real, fake = normal(600, 5, 1, dtype=torch.float32), normal(530, 5, 2, shift=0.5, dtype=torch.float32)
+    a, b = real.double(), fake.double()
+    ball = (a[:, None] - a[None]).square().sum(2).sort(1).values[:, 5]
+    within = (b[:, None] - a[None]).square().sum(2) <= ball
+    expected = within.sum().item() / (5 * 530), within.any(0).double().mean().item()
+    assert metrics.density_coverage(real, fake) == pytest.approx(expected, abs=1e-12)
+
+
+def test_density_and_coverage_of_known_sets():
+    x = normal(400, 8)
+    density, coverage = metrics.density_coverage(x, x)
+    assert coverage == 1 and density == pytest.approx(6 / 5)  # each real's ball holds itself and five others
+    assert metrics.density_coverage(x, normal(400, 8, shift=100.0)) == (0, 0)
+    same = [metrics.density_coverage(normal(400, 8, 2 * i), normal(400, 8, 2 * i + 1)) for i in range(10)]
+    density, coverage = np.mean(same, 0)
+    assert density == pytest.approx(1, abs=0.05) and coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    outlier = torch.cat([x, x[:1] + 50])  # a ball that the outlier makes wide adds at most 1 / k a fake
+    assert metrics.density_coverage(outlier, normal(400, 8, shift=20.0))[0] <= 1 / 5
+
+
+def test_intervals_hold_the_mean_of_other_sets_of_the_same_size():
+    """95 % intervals, by the distance of two other Gaussians and by a share: 9 of 10 and more hold it."""
+    n, d = 60, 4
+
+    def pair(i):
+        return normal(n, d, 2 * i), normal(n, d, 2 * i + 1, shift=0.7)
+
+    expected = np.mean([metrics.fid(*pair(i)) for i in range(1000, 1400)])
+    ends = [metrics.fid_interval(*pair(i)) for i in range(60)]
+    assert np.mean([low <= expected <= high for low, high in ends]) >= 0.87
+    shares = [metrics.mean_interval(torch.rand(80, generator=torch.Generator().manual_seed(i)) < 0.3)
+              for i in range(100)]
+    assert np.mean([low <= 0.3 <= high for low, high in shares]) >= 0.87
+    width = np.mean([high - low for low, high in shares])
+    assert width == pytest.approx(2 * 1.96 * (0.21 / 80)**0.5, rel=0.1)
+    wide, narrow = (np.subtract(*metrics.fid_interval(*(x[:m] for x in pair(0)))) for m in (15, 60))
+    assert wide < narrow < 0
+    assert metrics.fid_interval(*pair(0)) == ends[0]
+
+
 # ---------------------------------------------------------------- KID and Inception Score
 
 def test_kid_is_unbiased_and_knows_its_error():
