@@ -6,6 +6,7 @@ CFG   arXiv:2207.12598  Algorithm 1, text dropped at random
 Self-conditioning  arXiv:2208.04202  the estimate of x_0 is fed back, without gradient
 
     python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm
+    python msdm.py --data data/phantom --vae runs/vae/best.safetensors --out runs/msdm --select-every 1000
     python msdm.py --data data/mine --init runs/msdm/best.safetensors --out runs/mine  # fine-tunes the U-Net
 """
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import mirrored
+import selection
 import training
 import unet as unets
 import vae as vaes
@@ -512,6 +514,7 @@ def train(args):
     device = world.device
     with world.together():
         words = wording.read(args)
+        space = args.select_every and selection.load_space(args)
         base, vae, frozen = given_parts(args, device)
         source = file_hash(args.init or args.vae)
     train_records, val_records, fingerprint = training.read_data(args, world)
@@ -525,6 +528,7 @@ def train(args):
     latents, train_records, val_latents, val_records = both_latents(
         train_records, val_records, args, vae, source, run.folder, world)
     torch.manual_seed(training.step_seed("weights", args.seed))
+    selects = space and selection.Selection(args, *space, run, world, [*train_records, *val_records])
     prompts = dict.fromkeys(p for r in train_records for p in r.prompts)
     model = base or new_model(args, vae, frozen, [way for p in prompts for way in words.ways(p)]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)
@@ -549,6 +553,7 @@ def train(args):
             run.keep(step, save=lambda name: run.save_checkpoint(name, model.tensors(), meta), **losses)
         run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
+        select(step)
 
     def sample(step):
         model.eval()
@@ -557,13 +562,22 @@ def train(args):
                 save_samples(run, step, model, val_records, args)
         model.unet.train()
 
+    def select(step):
+        if selects and selects.due(step):
+            meta = model.metadata() | {"step": step, "data": fingerprint}
+            selects(step, model, ema,
+                    lambda fids: run.save_checkpoint("best-fid", model.tensors(), meta | fids))
+
     start = run.restore(params, take_step, ema)
     sample(start)  # where a kill left none
+    select(start)
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
     names = [r.name for r in train_records if not r.mirror]
     loop.run(take_step, objective.draw_batch, names, run, args, checkpoint)
     if world.is_main:
         print(f"{run.result()}: validation loss {run.best:.4f}")
+        if selects:
+            print(selects.best())
 
 
 def save_samples(run, step, model, val_records, args):
@@ -629,6 +643,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net: minutes before the first step, faster steps on a GPU")
     add_flags(parser, flag)
+    selection.add_flags(parser)
     args = parser.parse_args(training.repeated(parser, argv))
     training.check_flags(args)
     if (args.vae is None) == (args.init is None):
@@ -637,6 +652,7 @@ def main(argv=None):
     args.preset = own.pop("preset", None) or args.preset or "tiny"
     training.fill_defaults(args, TRAINING[args.preset] | own)
     check_flags(args)
+    selection.check_flags(args)
     train(args)
 
 

@@ -38,6 +38,9 @@ except ImportError:  # Windows: run folders are not locked there
 
 # The folder
 
+CHECKPOINTS = ("best.safetensors", "last.safetensors", "best", "last", "best-fid.safetensors")
+
+
 def read_run(folder):
     """config.json of a run folder; None if the folder is absent or empty; BadInput if it is something else.
 
@@ -77,7 +80,8 @@ class Run:
 
     FREE = ("data", "captions", "paraphrases", "vae", "init", "model", "prior", "cache", "perceptual",
             "text_encoder", "text_device", "steps", "epochs", "minutes", "accumulate", "device", "compile",
-            "log_every", "save_every", "shown", "sample_steps", "decoder", "decoder_lora")
+            "log_every", "save_every", "shown", "sample_steps", "decoder", "decoder_lora", "select_every",
+            "select_images", "select_weights", "classifier")
 
     def __init__(self, folder, settings: dict, fingerprint: str, world, kind="Model", like=None):
         self.folder, self.world, self.kind, self.best = Path(folder), world, kind, math.inf
@@ -132,8 +136,9 @@ class Run:
             write_json(self.folder / "config.json", self.config)
         (self.folder / "samples").mkdir(exist_ok=True)
         remove_unfinished(self.folder, "config.json", "metrics.jsonl", "state.pt", "MODEL_CARD.md",
-                          "best.safetensors", "last.safetensors", "latents-*.safetensors",
-                          "clip-*.safetensors", "t5-*.safetensors", "text-*.safetensors")
+                          "best.safetensors", "last.safetensors", "best-fid.safetensors",
+                          "real-*.safetensors", "latents-*.safetensors", "clip-*.safetensors",
+                          "t5-*.safetensors", "text-*.safetensors")
         remove_unfinished(self.folder / "samples", "[0-9]*.png")
         for name in ("best", "last"):
             remove_unfinished(self.folder / name, "adapter_*")
@@ -169,7 +174,7 @@ class Run:
     def whole(self):
         """Names of the checkpoints in the folder that can be read."""
         out = []
-        for name in ("best.safetensors", "last.safetensors", "best", "last"):
+        for name in CHECKPOINTS:
             path = self.folder / name
             with contextlib.suppress(BadInput, OSError):
                 load_metadata(path / "adapter_model.safetensors" if path.is_dir() else path)
@@ -190,7 +195,7 @@ class Run:
         with self.world.together():
             if self.state_file.exists():
                 step = self._fill(weights, opt, ema)
-            elif self.whole() or any(line.get("step") and "val_loss" in line for line in self._lines()):
+            elif self.whole() or any(line.get("step") and "val_loss" in line for line in self.lines()):
                 raise BadInput(f"{self.state_file}: no such file, without it this run would begin again at "
                                f"step 0{self._way_out()}")
             else:
@@ -204,7 +209,7 @@ class Run:
         if self.world.is_main:
             write_json(self.folder / "config.json", self.config)
             self._tell_broken()
-            kept = [line for line in self._lines() if line.get("step", 0) <= step]
+            kept = [line for line in self.lines() if line.get("step", 0) <= step]
             if kept or (self.folder / "metrics.jsonl").exists():
                 with replacing(self.folder / "metrics.jsonl") as tmp:
                     tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -216,7 +221,7 @@ class Run:
 
     def _tell_broken(self):
         """A line for each checkpoint that is there and cannot be read."""
-        for name in ("best.safetensors", "last.safetensors", "best", "last"):
+        for name in CHECKPOINTS:
             if (self.folder / name).exists() and name not in self.whole():
                 print(f"{self.folder / name}: not a whole checkpoint; the next one of this run replaces it",
                       file=sys.stderr)
@@ -282,7 +287,7 @@ class Run:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def _lines(self):
+    def lines(self):
         """The lines of metrics.jsonl as dicts, without one that a kill left unfinished."""
         path, lines = self.folder / "metrics.jsonl", []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
