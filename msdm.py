@@ -564,9 +564,7 @@ def train(args):
 
     def select(step):
         if selects and selects.due(step):
-            meta = model.metadata() | {"step": step, "data": fingerprint}
-            selects(step, model, ema,
-                    lambda fids: run.save_checkpoint("best-fid", model.tensors(), meta | fids))
+            selects(step, model, ema, {"data": fingerprint})
 
     start = run.restore(params, take_step, ema)
     sample(start)  # where a kill left none

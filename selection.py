@@ -106,18 +106,19 @@ class Selection:
         made = self.world.is_main and any(line["step"] == step for line in self.lines())
         return self.world.mean(float(made)) == 0 and step > 0 and step % self.args.select_every == 0
 
-    def __call__(self, step, model, ema, save):
-        """Log fid, precision and recall of the averaged weights; save(these numbers) if the FID is the least.
+    def __call__(self, step, model, ema, more):
+        """Log fid, precision and recall of the averaged weights, and save them if their FID is the least.
 
-        The U-Net is in training mode again afterwards. What is saved comes before its line: a kill between
-        the two costs one more selection of this step.
+        more: metadata of the checkpoint beside the model's and these numbers. The U-Net is in training mode
+        again afterwards. The checkpoint comes before its line: a kill between the two costs one more
+        selection of this step.
         """
         model.eval()
         with ema.applied():
-            self.compare(step, model, save)
+            self.compare(step, model, more)
         model.unet.train()
 
-    def compare(self, step, model, save):
+    def compare(self, step, model, more):
         """The same of the weights that the model holds."""
         own = self.world.share(range(len(self.prompts)))
         with self.world.together():
@@ -130,7 +131,8 @@ class Selection:
                 numbers = {"fid": fid(self.real, fake), "precision": precision, "recall": recall}
                 numbers = {k: float(f"{v:.6g}") for k, v in numbers.items()}  # as the log keeps them
                 if numbers["fid"] < min((line["fid"] for line in self.lines()), default=torch.inf):
-                    save(numbers | {"space": self.space})
+                    meta = model.metadata() | more | {"step": step, "space": self.space} | numbers
+                    self.run.save_checkpoint("best-fid", model.tensors(), meta)
                 self.run.log(step=step, **numbers, space=self.space, selection=self.key)
 
     def features(self, model, own):

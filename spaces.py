@@ -32,6 +32,8 @@ class Judge(nn.Module):
                            "(FOLDER.judge-64.safetensors beside the folder)")
         with described_by(file), torch.device("meta"):
             self.size = int(load_metadata(file)["size"])
+            if self.size < 32 or self.size % 16:
+                raise ValueError(f"size={self.size}, expected a multiple of 16 from 32")
             net = Classifier(self.size)
         self.net = load_state(net, load_safetensors(file)[0], file).eval()
         self.source, self.published = file_hash(file), None

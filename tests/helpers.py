@@ -21,7 +21,8 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from files import load_safetensors
+from classifier import VALUES, Classifier
+from files import load_safetensors, save_safetensors
 from msdm import MSDM, Diffusion
 from pixels import open_image
 from text import TextConfig, TextTransformer, learn_tokenizer
@@ -190,6 +191,14 @@ def tiny_msdm(**diffusion):
     for p in [*unet.parameters(), *vae.parameters()]:
         torch.nn.init.normal_(p, std=0.1)
     return MSDM(unet, vae, text, Diffusion(**{"prediction": "v", "image_size": 32} | diffusion)).eval()
+
+
+def judge_file(path):
+    """A file of an attribute classifier of random weights, for images of 32 px; returns the path."""
+    torch.manual_seed(0)
+    meta = {"kind": "judge", "size": 32, "values": [list(v) for v in VALUES], "key": "k"}
+    save_safetensors(path, Classifier(32).state_dict(), meta)
+    return path
 
 
 def image(seed=0, w=48, h=32):

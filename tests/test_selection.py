@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, log_lines, run, two_ranks
-from test_spaces import judge_file
+from helpers import ROOT, judge_file, log_lines, run, two_ranks
 
 import inception
 import metrics
@@ -105,7 +104,7 @@ def test_a_killed_run_makes_the_selections_that_are_missing(made, tmp_path, monk
     whole, calls = selection.Selection, []
 
     class Dies(whole):
-        def __call__(self, step, model, ema, save):
+        def __call__(self, step, *others):
             calls.append(step)
             if step == 8 and moment == "before it":
                 kill()
@@ -113,7 +112,7 @@ def test_a_killed_run_makes_the_selections_that_are_missing(made, tmp_path, monk
                 self.net.forward = kill
             if step == 8 and moment == "before the line":
                 self.run.log = kill
-            super().__call__(step, model, ema, save)
+            super().__call__(step, *others)
 
     monkeypatch.setattr(selection, "Selection", Dies)
     words = [*flags(made), *selecting(made), "--out", tmp_path / "run"]

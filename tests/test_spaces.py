@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ROOT, two_ranks
+from helpers import ROOT, judge_file, two_ranks
 from PIL import Image
 
 import imageclef
 import metrics
 import spaces
-from classifier import VALUES, Classifier
+from classifier import Classifier
 from files import load_safetensors, save_safetensors
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20,
@@ -46,13 +46,6 @@ def encoders(tmp_path_factory):
         model.save_pretrained(root / name)
         processor.save_pretrained(root / name)
     return root
-
-
-def judge_file(path):
-    torch.manual_seed(0)
-    meta = {"kind": "judge", "size": 32, "values": [list(v) for v in VALUES], "key": "k"}
-    save_safetensors(path, Classifier(32).state_dict(), meta)
-    return path
 
 
 def images(n=3, side=48, seed=0):
@@ -131,6 +124,9 @@ def test_the_attribute_classifier_is_a_space(tmp_path):
     own.load_state_dict(load_safetensors(file)[0])
     with torch.no_grad():
         torch.testing.assert_close(net(images(side=32))["features"], own.embed(images(side=32)))
+    save_safetensors(tmp_path / "b.safetensors", own.state_dict(), {"kind": "judge", "size": 33})
+    with pytest.raises(BadInput, match="do not describe a model .size=33"):
+        spaces.load(f"classifier:{tmp_path / 'b.safetensors'}")
     flat = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
     large = flat.repeat(1, 1, 2, 2)  # resized to the classifier's own size: the same flat image
     torch.testing.assert_close(net(large)["features"], net(flat)["features"], atol=1e-4, rtol=1e-4)
