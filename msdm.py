@@ -45,7 +45,14 @@ from diffusion import (
 from files import cached_rows, file_hash, load_metadata, load_safetensors, text_hash
 from optim import Optimizers
 from runfolder import check_savable
-from text import FrozenCLIP, TextConfig, TextTransformer, learn_tokenizer, warn_of_cut
+from text import (
+    FrozenCLIP,
+    TextConfig,
+    TextTransformer,
+    learn_tokenizer,
+    load_text_encoder,
+    warn_of_cut,
+)
 from unet import InItsDtype, UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
 from weights import check_fields, check_format, described_by, load_state
@@ -236,23 +243,6 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
     model = MSDM(unet, vae, text, diffusion, meta["preset"])
     model.unet.base = {"name": Path(path).name, "hash": file_hash(path)}  # what an adapter belongs to
     return model.to(device).eval().requires_grad_(False)
-
-
-def load_text_encoder(path, meta, where=None):
-    """The frozen text encoder of a checkpoint's metadata, found under its name or where it lies now."""
-    way_out = "; --text-encoder FOLDER says where the right one lies"
-    try:
-        text = FrozenCLIP(where or meta["name"], meta["length"])
-    except BadInput as error:
-        reason = str(error).split("; --text-encoder")[0]
-        raise BadInput(f"{path}, trained with the text encoder {meta['name']}: {reason}{way_out}") from None
-    expected = meta.get("hash")  # none in checkpoints of release.py
-    if expected not in (None, text.weights):
-        raise BadInput(f"{path}: was trained with a text encoder of hash {expected}, "
-                       f"{where or meta['name']} holds one of hash {text.weights}{way_out}")
-    if where:
-        text.name = meta["name"]
-    return text
 
 
 # Training: presets and data
@@ -553,7 +543,6 @@ def train(args):
             run.keep(step, save=lambda name: run.save_checkpoint(name, model.tensors(), meta), **losses)
         run.save_progress(step, params, take_step, ema)  # before the samples, which take long
         sample(step)
-        select(step)
 
     def sample(step):
         model.eval()
@@ -561,14 +550,11 @@ def train(args):
             with ema.applied():
                 save_samples(run, step, model, val_records, args)
         model.unet.train()
-
-    def select(step):
         if selects and selects.due(step):
             selects(step, model, ema, {"data": fingerprint})
 
     start = run.restore(params, take_step, ema)
     sample(start)  # where a kill left none
-    select(start)
     loop = training.Loop(f"msdm {args.preset}", start, args.steps, world, args.minutes)
     names = [r.name for r in train_records if not r.mirror]
     loop.run(take_step, objective.draw_batch, names, run, args, checkpoint)

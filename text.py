@@ -239,3 +239,23 @@ class FrozenCLIP(TextEncoderReference):
         """(states (b, length, d), mask) of the tokens that tokenise returns."""
         states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return states.float(), mask
+
+
+def load_text_encoder(path, meta, where=None):
+    """The FrozenCLIP of a checkpoint's metadata under "text", found under its name or where it lies now.
+
+    path: of the checkpoint, for messages. BadInput for another encoder than it was trained with.
+    """
+    way_out = "; --text-encoder FOLDER says where the right one lies"
+    try:
+        text = FrozenCLIP(where or meta["name"], meta["length"])
+    except BadInput as error:
+        reason = str(error).split("; --text-encoder")[0]
+        raise BadInput(f"{path}, trained with the text encoder {meta['name']}: {reason}{way_out}") from None
+    expected = meta.get("hash")  # none in checkpoints of release.py
+    if expected not in (None, text.weights):
+        raise BadInput(f"{path}: was trained with a text encoder of hash {expected}, "
+                       f"{where or meta['name']} holds one of hash {text.weights}{way_out}")
+    if where:
+        text.name = meta["name"]
+    return text
