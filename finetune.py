@@ -515,7 +515,8 @@ def main(argv=None):
     if args.network == "msdm":
         meta = msdm.load_meta(args.model)
         args.preset = meta["preset"]
-        used = {k: v for k, v in msdm.TRAINING[args.preset].items() if k not in ("muon_lr", "text_encoder")}
+        own = ("muon_lr", "text_encoder", *msdm.OF_THE_UNET)  # of its training from nothing
+        used = {k: v for k, v in msdm.TRAINING[args.preset].items() if k not in own}
         training.fill_defaults(args, used | {"size": meta["diffusion"]["image_size"]})
         msdm.check_flags(args)
     else:

@@ -264,6 +264,9 @@ TRAINING = {  # values of the flags that are not given, by preset
              "p_self_cond": 0.5},
 }
 TRAINING["demo"] = TRAINING["tiny"] | {"steps": 450, "warmup": 20, "ema_decay": 0.99}
+OF_THE_UNET = ("self_conditioning", "dropout")  # flags of its config
+for name, settings in TRAINING.items():
+    settings |= {k: getattr(unets.PRESETS[name], k) for k in OF_THE_UNET}
 
 
 def encode_latents(vae, images, parts, jitter, views, seed, device):
@@ -464,7 +467,8 @@ def new_model(args, vae, text, prompts):
     if text is None:
         text = TextTransformer(TextConfig(*learn_tokenizer(prompts)))
     text_dim = text.config.dim if text.trained else text.model.config.hidden_size
-    config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim)
+    config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim,
+                     **{k: getattr(args, k) for k in OF_THE_UNET})
     return MSDM(UNet(config), vae, text, replace(DIFFUSION[args.preset], image_size=args.size), args.preset)
 
 
@@ -597,6 +601,7 @@ def what_init_fixes(args):
     meta = load_meta(args.init)
     own = {"preset": meta["preset"], "size": meta["diffusion"]["image_size"],
            "text_encoder": meta["text"].get("name", "train")}
+    own |= {k: getattr(configs(meta)[0], k) for k in OF_THE_UNET}
     given = getattr(args, "text_encoder", "train")
     if "train" not in (own["text_encoder"], given):  # where the frozen one lies; load checks its hash
         own["text_encoder"] = given
@@ -624,6 +629,9 @@ def main(argv=None):
     flag("size", "side of the images, pixels", type=int)
     flag("text_encoder", "CLIP text model by name or folder, or train")
     flag("muon_lr", "learning rate of Muon for the U-Net's inner weights; 0: AdamW for all", type=float)
+    flag("self_conditioning", "let the U-Net read its last estimate of x_0 too",
+         action=argparse.BooleanOptionalAction)
+    flag("dropout", "share of the U-Net's inner channels that a step leaves out", type=float)
     parser.add_argument("--compile", action="store_true",
                         help="compile the U-Net: minutes before the first step, faster steps on a GPU")
     add_flags(parser, flag)

@@ -608,7 +608,8 @@ def check_flags(args):
 
     at_least_one(args, *present("steps", "batch_size", "accumulate", "log_every", "save_every", "views",
                                 "join", "sample_steps"))
-    check_range(args, 0, 1, *present("p_uncond", "p_self_cond", "jitter", "ema_decay", "lora_dropout"))
+    check_range(args, 0, 1, *present("p_uncond", "p_self_cond", "jitter", "dropout", "ema_decay",
+                                     "lora_dropout"))
     check_range(args, 0, math.inf, *present("lr", "muon_lr", "warmup", "minutes", "shown", "min_snr_gamma",
                                             "l1_weight", "kl_weight", "half_weight"))
     check_range(args, -2**63, 2**64 - 1, *present("seed"))

@@ -92,6 +92,15 @@ def test_a_whole_u_net_goes_on_from_a_checkpoint_whose_vae_and_text_encoder_stay
     assert load_metadata(tmp_path / "on/last.safetensors")["preset"] == "tiny"
 
 
+def test_self_conditioning_and_dropout_are_the_presets_unless_flags_say_otherwise(made, tmp_path):
+    in_process("msdm.py", *msdm_flags(made), "--steps", 1, "--self-conditioning", "--dropout", 0.1, "--out",
+               tmp_path)
+    preset, given = (load_metadata(x / "last.safetensors")["unet"] for x in (made / "msdm", tmp_path))
+    assert given == preset | {"self_conditioning": True, "dropout": 0.1}
+    assert (preset["self_conditioning"], preset["dropout"]) == (False, 0.0)
+    assert msdm.TRAINING["paper"]["self_conditioning"] and msdm.TRAINING["paper"]["dropout"] == 0.1
+
+
 @pytest.mark.parametrize("script", ["vae.py", "msdm.py"])
 def test_a_batch_in_parts_is_one_step_of_the_whole(made, tmp_path, script):
     flags = ["--data", made / "data", "--size", 32, "--steps", 2, "--batch-size", 5, "--warmup", 0]
@@ -316,6 +325,8 @@ def test_prompts_from_a_text_file_and_from_a_csv_agree(made, tmp_path):
     ("msdm.py", ["--data", "{root}/data"], "give either --vae CHECKPOINT or --init CHECKPOINT"),
     ("msdm.py", ["--data", "{root}/data", "--init", "{root}/msdm/best.safetensors", "--size", "64"],
      "--size 64: {root}/msdm"),
+    ("msdm.py", ["--data", "{root}/data", "--init", "{root}/msdm/best.safetensors", "--dropout", "0.1"],
+     "--dropout 0.1: {root}/msdm/best.safetensors has 0.0"),
     ("msdm.py", ["--data", "{root}/data", "--init", "{root}/msdm/best.safetensors", "--preset", "paper"],
      "--preset paper: "),
 ])
