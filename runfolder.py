@@ -288,13 +288,18 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def lines(self):
-        """The lines of metrics.jsonl as dicts, without one that a kill left unfinished."""
-        path, lines = self.folder / "metrics.jsonl", []
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                lines.append(json.loads(line))
-        return [line for line in lines if isinstance(line, dict)]
+        """The lines of metrics.jsonl as dicts, see read_log."""
+        return read_log(self.folder)
+
+
+def read_log(folder):
+    """The lines of metrics.jsonl in a run folder as dicts, without one that a kill left unfinished."""
+    path, lines = Path(folder) / "metrics.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def check_savable(what, tensors):
