@@ -10,14 +10,18 @@ from command import BadInput, at_least_one, check_range, fast_dtype, run_command
 
 import argparse
 import csv
+import functools
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import ablation
 import data
 import prompts as grammar
+import submission
+import sweeps
 import training
 from encoders import load_transformer
 from files import create_json, folder_hash, read_json, remove_unfinished, replacing, text_hash
@@ -162,6 +166,14 @@ def paraphrase(args):
 
 # The command
 
+EXPERIMENTS = {  # function, its flags
+    "ablation": (ablation.ablation, ablation.add_flags),
+    "table1": (sweeps.table1, functools.partial(sweeps.add_flags, network="prior")),
+    "table2": (sweeps.table2, functools.partial(sweeps.add_flags, network="decoder")),
+    "submission": (submission.submission, submission.add_flags),
+    "table3": (submission.table3, submission.add_table3_flags),
+}
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper's experiments.")
@@ -180,6 +192,11 @@ def main(argv=None):
                    "the hub; None: the grammar's own sentences")
     p.add_argument("--device", default="auto", help="of the language model: cpu, cuda or auto")
     p.set_defaults(run=paraphrase)
+    for name, (run, add_flags) in EXPERIMENTS.items():
+        p = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_flags(p)
+        p.set_defaults(run=run)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -1,0 +1,241 @@
+"""The paper's ablations of MSDM: one training recipe, one change an arm, several seeds, one table.
+
+The arms are those of the paper's text (CEUR-WS 3740, paper 142): self-conditioning, dropout 0.1, changes of
+brightness and contrast, all three; and its three strategies for paraphrased prompts. Each is held against the
+baseline of the same seed, which shares its data, its autoencoder and, image by image, its sampling noise.
+"""
+
+from command import BadInput, at_least_one
+
+import csv
+import random
+import sys
+from pathlib import Path
+
+import scipy.stats
+
+import data
+import trials
+from files import file_hash, read_json, replacing
+
+# Mixed in with probability 0, paraphrases play no part in a training: it is validated on them all the same.
+OFF = {"self-conditioning": False, "dropout": 0.0, "jitter": 0.0, "views": 1, "strategy": "mix", "mix-p": 0}
+LIGHT = {"jitter": 0.4, "views": 8}  # brightness and contrast, as in the preset paper
+ARMS = {  # what differs from the baseline
+    "baseline": {},
+    "self-conditioning": {"self-conditioning": True},
+    "dropout-0.1": {"dropout": 0.1},
+    "brightness-contrast": LIGHT,
+    "all-three": {"self-conditioning": True, "dropout": 0.1} | LIGHT,
+    "paraphrases-add": {"strategy": "add", "mix-p": None},
+    "paraphrases-mix": {"mix-p": 0.5},
+    "paraphrases-replace": {"strategy": "replace", "mix-p": None},
+}
+SAMPLING = {"tiny": "--solver dpmpp --steps 20", "demo": "--solver dpmpp --steps 20", "paper": ""}
+COLUMNS = {  # figure of a result: heading
+    "loss": "held-out loss",
+    "loss_paraphrases": "held-out loss, paraphrases",
+    "faithfulness": "faithfulness",
+    "fid": "FID",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def flags_of(arm):
+    """The flags of msdm.py for an arm: every setting that an arm changes, said in each."""
+    words = []
+    for name, value in (OFF | ARMS[arm]).items():
+        is_switch = isinstance(value, bool)
+        words += [f"--{'' if value else 'no-'}{name}"] if is_switch else trials.given(f"--{name}", value)
+    return words
+
+
+# An arm
+
+
+def write_prompts(file, records, n):
+    """A csv of n prompts: of n images of records, again and again if these are fewer, a prompt of each."""
+    if Path(file).exists():
+        return
+    rng, rows = random.Random(0), []
+    while len(rows) < n:
+        some = rng.sample(records, len(records))
+        rows += [[rng.choice(r.prompts)] for r in some]
+    with replacing(file) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, lineterminator="\n").writerows([["Prompt"], *rows[:n]])
+
+
+def make_arm(args, arm, seed, folder):
+    """Train, sample and judge one arm with one seed; returns its figures."""
+    trials.run("msdm.py", "--preset", args.preset, "--data", args.data, "--vae", args.vae, "--paraphrases",
+               args.paraphrases, *flags_of(arm), "--seed", seed, "--out", folder / "run",
+               *trials.given("--steps", args.steps), *trials.words_of("--training", args.training))
+    result = {"arm": arm, "seed": seed}
+    line = trials.validation(folder / "run")
+    result |= {"step": line["step"], "loss": line["val_loss"],
+               "loss_paraphrases": line["val_loss_paraphrases"]}
+    for i, name in enumerate(("faithfulness", "images")):
+        trials.run("sampler.py", "--ckpt", folder / "run/best.safetensors", "--prompts",
+                   args.out / f"prompts-{name}.csv", "--seed", 100_000 * (2 * seed + i + 1), "--out",
+                   folder / name, *trials.words_of("--sampling", args.sampling), processes=trials.devices())
+    trials.run("judges.py", "faithfulness", "--real", args.judge, "--fake", folder / "faithfulness",
+               "--classifier", args.classifier, *trials.words_of("--judging", args.judging),
+               "--json", folder / "faithfulness.json")
+    values = read_json(folder / "faithfulness.json")["values"]
+    n = sum(v["n"] for v in values)
+    hits = round(sum(v["n"] * v["share"] for v in values))
+    result |= {"n_judged": n, "n_shown": hits, "faithfulness": hits / n if n else None}
+    space = trials.space_flags(args, args.classifier)
+    trials.run("metrics.py", "--real", args.real, "--fake", folder / "images", *space, "--cache",
+               args.out / "cache", "--json", folder / "metrics.json")
+    found = read_json(folder / "metrics.json")
+    figures = ("fid", "precision", "recall")
+    return result | {k: found[k] for k in found if k.removesuffix("_low").removesuffix("_high") in figures}
+
+
+# The experiment
+
+
+def make_vae(args, folder):
+    trials.run("vae.py", "--preset", args.preset, "--data", args.data, "--out", folder)
+    return trials.validation(folder)
+
+
+def prepare(args):
+    """Check the flags, claim the folder, and make what all arms share."""
+    at_least_one(args, "steps", "seeds", "images", "per_value")
+    args.out, args.real = Path(args.out), args.real or args.data
+    args.judge = args.judge or args.real
+    if args.sampling is None:
+        args.sampling = SAMPLING[args.preset]
+    for flag in ("training", "sampling", "judging"):
+        trials.words_of(f"--{flag}", getattr(args, flag))
+    if args.images < 10:
+        raise BadInput(f"--images {args.images}: expected 10 or more, as metrics.py does")
+    files = ("vae", "paraphrases", "classifier")
+    hashes = {k: getattr(args, k) and file_hash(getattr(args, k)) for k in files}
+    records = {folder: data.read_folder(folder) for folder in {args.data, args.real, args.judge}}
+    settings = {k: getattr(args, k) for k in ("preset", "steps", "images", "per_value", "training",
+                                              "sampling", "judging", "features", "weights")}
+    trials.claim(args.out, settings | hashes | {
+        k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")})
+    args.classifier = args.classifier or args.out / "judge.safetensors"
+    if not args.vae:
+        args.vae = args.out / "vae/best.safetensors"
+        trials.cell(args.out / "vae", lambda folder: make_vae(args, folder))
+    if not args.paraphrases:
+        args.paraphrases = args.out / "paraphrases.csv"
+        trials.run("experiments.py", "paraphrase", "--data", args.data, "--out", args.paraphrases)
+    if not (args.out / "prompts-faithfulness.csv").exists():
+        trials.run("judges.py", "prompts", "--per-value", args.per_value, "--out",
+                   args.out / "prompts-faithfulness.csv")
+    write_prompts(args.out / "prompts-images.csv", records[args.real], args.images)
+
+
+def ablation(args):
+    """Every arm with the first seed, then with the next: a table that is not complete is of use."""
+    prepare(args)
+    cells = {(seed, arm): args.out / f"seed-{seed}" / arm for seed in range(args.seeds) for arm in args.arms}
+    for i, ((seed, arm), folder) in enumerate(cells.items(), 1):
+        print(f"\n{args.out}: {i} of {len(cells)}, {arm}, seed {seed}", file=sys.stderr)
+        trials.cell(folder, lambda folder, arm=arm, seed=seed: make_arm(args, arm, seed, folder))
+        write_tables(args)
+    print((args.out / "ablation.md").read_text(encoding="utf-8"))
+
+
+# The tables
+
+
+def write_tables(args):
+    """ablation.md and ablation.json of all arms and seeds in the folder, those of other starts too."""
+    places = [p.parent for p in args.out.glob("seed-*/*/result.json") if p.parent.name in ARMS]
+    found = [read_json(p / "result.json") for p in sorted(places)]
+    by_arm = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ARMS}
+    by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
+    means = {arm: over(seeds) for arm, seeds in by_arm.items()}
+    one = {arm: next(iter(seeds.values())) for arm, seeds in by_arm.items() if len(seeds) == 1}
+    gaps = {arm: gap for arm, seeds in by_arm.items() if (gap := against(seeds, by_arm.get("baseline", {})))
+            and arm != "baseline"}
+    space = trials.space_of(places[0] / "metrics.json") if places else ""
+    steps = sorted({r["step"] for r in found})
+    notes = notes_of(args, found, space)
+    heads = ["arm", "seeds", *COLUMNS.values()]
+    rows = [[arm, len(by_arm[arm]), *(text_of(means[arm], key, one.get(arm, {})) for key in COLUMNS)]
+            for arm in by_arm]
+    text = f"# Ablation of MSDM, preset {args.preset}\n\n{trials.markdown(heads, rows)}\n"
+    if gaps:
+        rows = [[arm, gap["n"], *(trials.number(*gap[key]) for key in COLUMNS)] for arm, gap in gaps.items()]
+        text += f"Less the baseline of the same seed:\n\n{trials.markdown(heads, rows)}\n"
+    table = {"preset": args.preset, "steps": args.steps, "best_steps": steps, "space": space, "notes": notes,
+             "means": means, "less_baseline": gaps, "results": found}
+    trials.write_table(args.out, "ablation", text + "".join(f"- {note}\n" for note in notes), table)
+
+
+def over(seeds):
+    """{figure: (mean over the seeds, half its interval)} of an arm, and Wilson's interval of faithfulness."""
+    out = {key: trials.over_seeds([r[key] for r in seeds.values()]) for key in COLUMNS}
+    n, hits = (sum(r[k] for r in seeds.values()) for k in ("n_judged", "n_shown"))
+    wilson = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    return out | {"wilson": (float(wilson.low), float(wilson.high)), "n_judged": n}
+
+
+def against(seeds, baseline):
+    """{figure: (mean difference from the baseline, half its interval)} over common seeds, None without."""
+    common = [s for s in seeds if s in baseline]
+    if not common:
+        return None
+    return {"n": len(common)} | {key: trials.over_seeds([seeds[s][key] - baseline[s][key] for s in common])
+                                 for key in COLUMNS}
+
+
+def text_of(mean, key, only):
+    """A figure with the interval that there is; only: the result of an arm with one seed."""
+    low, high = mean["wilson"] if key == "faithfulness" else (only.get(f"{key}_low"), only.get(f"{key}_high"))
+    if low is None:
+        return trials.number(*mean[key])
+    return f"{trials.number(mean[key][0])} ({trials.number(low)}-{trials.number(high)})"
+
+
+def notes_of(args, found, space):
+    """What the figures are of, in sentences."""
+    n_seeds = len({r["seed"] for r in found})
+    judged = found[0]["n_judged"] if found else 0
+    recipe = f"{args.steps} steps instead of the recipe's" if args.steps else "the preset's whole recipe"
+    more = f"; further flags of each: {args.training}" if args.training else ""
+    return [
+        f"Trainings: {len(found)}, of {n_seeds} seed{'s' * (n_seeds != 1)}; {recipe}{more}; one autoencoder.",
+        "± is half of the 95 % interval of the mean by Student's t over the seeds, wide for three. "
+        "Differences are of pairs that share seed, data and sampling noise; one whose interval "
+        "holds 0 shows nothing.",
+        "Held-out loss (lower is better): of the best checkpoint on the held-out tenth of the data, with "
+        "the original prompts and with their paraphrases; self-conditioning feeds no estimate back there. "
+        "The tokenizer is learnt from both in every arm.",
+        f"Faithfulness (higher is better): share of {judged} requested attributes an arm and seed that the "
+        "judge's classifier finds in the image; in brackets Wilson's 95 % of the images of all seeds.",
+        f"FID (lower is better), precision, recall: {args.images} images of as many prompts, in the space: "
+        f"{space}; in brackets, for one seed, the 95 % of metrics.py over its images. Sampling: "
+        f"{args.sampling or 'the defaults of sampler.py'}.",
+    ]
+
+
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--data", required=True, help="data folder to train on")
+    flag("--real", help="data folder of the real images of the metrics; None: --data")
+    flag("--judge", help="data folder that the judge's classifier is trained on; None: --real")
+    flag("--out", required=True, help="folder of the experiment; the same command goes on in it")
+    flag("--preset", choices=sorted(SAMPLING), default="tiny", help="network and training settings")
+    flag("--vae", help="checkpoint of vae.py that all arms share; None: one is trained")
+    flag("--classifier", help="classifier of judges.py that all arms share; None: one is trained")
+    flag("--paraphrases", help="csv of experiments.py paraphrase; None: one is made of the grammar")
+    flag("--steps", type=int, help="steps of each training; None: the preset's")
+    flag("--seeds", type=int, default=3, help="trainings of each arm")
+    flag("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+         help="which, for several machines on one folder")
+    flag("--images", type=int, default=500, help="images of an arm for FID, precision and recall")
+    flag("--per-value", type=int, default=10, help="images for each value that faithfulness asks for")
+    flag("--training", default="", help="further flags of msdm.py, as one string")
+    flag("--sampling", help='further flags of sampler.py, as one string; None: 20 steps of dpmpp for tiny')
+    flag("--judging", default="", help="further flags of judges.py faithfulness, as one string")
+    trials.add_space_flags(parser)

@@ -1,0 +1,159 @@
+"""The task's submission: one image a prompt and a zip of them; submissions held against each other.
+
+The task wanted 5,000 images for 5,000 prompts. Its organisers' measure is metrics.py --protocol imageclef;
+imageclef-resized is the same without their numpy.resize, which re-flows an image instead of resizing it.
+"""
+
+from command import BadInput
+
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import data
+import inception
+import trials
+from classifier import default_file
+from files import check_replaced, read_json, replacing
+from pixels import open_image
+
+MADE_BY = b"experiments.py submission"  # the comment of its zip files
+PROTOCOLS = ("imageclef", "imageclef-resized")
+OFFICIAL = ("imageclef: the organisers' protocol of 2024; distances of softmax outputs, from 0 to 2. "
+            "imageclef-resized: the same with images really resized. Neither compares with an FID of pooled "
+            "features, and the organisers had Keras' weights, not torchvision's.")
+NOT_OFFICIAL = "Not the official protocol, and comparable with nothing outside of this table."
+
+
+def is_submission(path):
+    """Whether a file is a zip that write_zip wrote."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            return z.comment == MADE_BY
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def write_zip(path, files):
+    """The files, by their names alone, in order; the same files give the same bytes."""
+    with replacing(path) as tmp, zipfile.ZipFile(tmp, "w") as z:  # stored: a PNG is compressed already
+        z.comment = MADE_BY
+        for file in files:
+            z.writestr(zipfile.ZipInfo(file.name), file.read_bytes())
+
+
+def submission(args):
+    """Sample an image for each prompt of a file, those that are missing, and zip them in order."""
+    out = Path(args.out)
+    file = out.with_name(f"{out.name}.zip")
+    prompts = data.read_prompts(args.prompts)
+    data.check_writable(out=file)
+    check_replaced(out=(file, "a zip of experiments.py submission", is_submission))
+    trials.run("sampler.py", "--ckpt", args.ckpt, "--prompts", args.prompts, "--out", out,
+               *trials.words_of("--sampling", args.sampling), processes=trials.devices())
+    images = sorted((out / "images").glob("[0-9]*.png"))
+    if [f.name for f in images] != [f"{i:06d}.png" for i in range(len(prompts))]:
+        raise BadInput(f"{out}: {len(images)} images, expected {len(prompts)}, as many as {args.prompts}")
+    for image in images:
+        open_image(image)
+    write_zip(file, images)
+    print(f"{file}: {len(images)} images, {images[0].name} to {images[-1].name}, in order of {args.prompts}")
+
+
+# Table 3
+
+
+def name_of(source):
+    """A folder's name for a checkpoint or a folder of images: its path, without what no file name holds."""
+    return re.sub(r"\W+", "-", str(source).removesuffix(".safetensors")).strip("-")
+
+
+def measure(args, source, folder):
+    """Sample a checkpoint, or take the folder of images that is given, and measure it; its figures."""
+    images = Path(source)
+    if not images.is_dir() or not (images / "prompts.csv").exists():
+        images = folder / "images"
+        trials.run("sampler.py", "--ckpt", source, "--prompts", args.prompts, "--out", images,
+                   *trials.words_of("--sampling", args.sampling), processes=trials.devices())
+    result = {"source": str(source), "n": len(data.read_folder(images))}
+    for name, flags in args.measures.items():
+        if flags[1].startswith("classifier:") and not Path(flags[1].partition(":")[2]).exists():
+            trials.run("judges.py", "faithfulness", "--real", args.data, "--fake", images)  # trains it
+        json = folder / f"{name}.json"
+        trials.run("metrics.py", "--real", args.data, "--fake", images, *flags, "--cache", args.out / "cache",
+                   "--json", json, processes=trials.devices())
+        result[name] = {k: v for k, v in read_json(json).items() if k in (
+            "fid", "fid_real_half", "inception_score", "precision", "recall", "weights", "space")}
+    return result
+
+
+def measures_of(args):
+    """{name: flags of metrics.py}: both protocols, or else, said in a line, the space that is there."""
+    if args.features:
+        return {"features": ["--features", args.features]}
+    if args.weights or inception.cached_file("imagenet"):
+        return {p: ["--protocol", p, *trials.given("--weights", args.weights)] for p in PROTOCOLS}
+    published = inception.PUBLISHED["imagenet"]
+    address = published["url"] + published["files"][0]
+    print("not the official protocol but the attribute classifier's space: torchvision's ImageNet "
+          f"Inception is not in torch's cache; fetch {address} and name it by --weights",
+          file=sys.stderr)
+    return {"classifier": ["--features", f"classifier:{default_file(args.data, 64)}"]}
+
+
+def table3(args):
+    """Checkpoints, or folders of images, by the official protocol of 2024."""
+    args.out = Path(args.out)
+    trials.words_of("--sampling", args.sampling)
+    folders = {source: args.out / name_of(source) for source in args.ckpts}
+    if len(set(folders.values())) < len(folders):
+        raise BadInput(f"{', '.join(args.ckpts)}: expected names that differ in more than their signs")
+    for source in folders:
+        if not Path(source).exists() and source.endswith(".safetensors"):
+            raise BadInput(f"{source}: no such file, expected a checkpoint or a folder of sampler.py")
+    args.measures = measures_of(args)
+    trials.claim(args.out, {"data": data.fingerprint(data.read_folder(args.data)), "sampling": args.sampling,
+                            "prompts": data.read_prompts(args.prompts), "measures": args.measures})
+    for source, folder in folders.items():
+        trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
+        write_table(args)
+    print((args.out / "table3.md").read_text(encoding="utf-8"))
+
+
+def write_table(args):
+    """table3.md and table3.json of everything in the folder."""
+    found = [read_json(file) for file in sorted(args.out.glob("*/result.json"))]
+    keys = {"fid": "FID", "fid_real_half": "FID of two real halves", "inception_score": "Inception Score",
+            "precision": "precision", "recall": "recall"}
+    shown = {name: [k for k in keys if any(r[name].get(k) is not None for r in found)]
+             for name in args.measures}
+    heads = ["images of", "n", *(f"{keys[k]}, {name}" for name in shown for k in shown[name])]
+    rows = [[r["source"], r["n"], *(trials.number(r[name].get(k)) for name in shown for k in shown[name])]
+            for r in found]
+    notes = [f"Real images: {args.data}. Prompts: {args.prompts}, one image each; sampling: "
+             f"{args.sampling or 'the defaults of sampler.py'}."]
+    notes += [OFFICIAL] if PROTOCOLS[0] in args.measures else [NOT_OFFICIAL]
+    if any(r[name]["weights"] == "rule" for r in found for name in args.measures):
+        notes.append("Features of random weights: no figure here says anything.")
+    text = f"# table3: submissions\n\n{trials.markdown(heads, rows)}\n" + "".join(f"- {n}\n" for n in notes)
+    table = {"measures": args.measures, "notes": notes, "results": found}
+    trials.write_table(args.out, "table3", text, table)
+
+
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--ckpt", required=True, help="checkpoint of msdm.py, or a folder, as sampler.py --ckpt")
+    flag("--prompts", required=True, help="file of prompts: .txt, one a line, or .csv with a Prompt column")
+    flag("--out", required=True, help="folder of the images; the zip is OUT.zip")
+    flag("--sampling", default="", help="further flags of sampler.py, as one string")
+
+
+def add_table3_flags(parser):
+    flag = parser.add_argument
+    flag("ckpts", nargs="+", metavar="CKPT", help="a checkpoint of msdm.py, or a folder that sampler.py made")
+    flag("--data", required=True, help="data folder of the real images")
+    flag("--prompts", required=True, help="file of prompts that checkpoints are sampled with, one image each")
+    flag("--out", required=True, help="folder of the table; the same command goes on in it")
+    flag("--sampling", default="", help="further flags of sampler.py, as one string")
+    trials.add_space_flags(parser)

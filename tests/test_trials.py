@@ -1,0 +1,261 @@
+"""The experiments of many commands: ablation, rank sweeps, the submission and its table."""
+
+from command import BadInput
+
+import importlib
+import json
+import zipfile
+from argparse import Namespace
+
+import pytest
+import tiny_kandinsky
+from helpers import PROMPTS, tiny_msdm
+
+import ablation
+import experiments
+import phantom
+import runfolder
+import submission
+import sweeps
+import trials
+import vae
+from files import file_hash, load_safetensors, save_safetensors, write_json
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that an experiment runs, each in this process; with `fail`, the one that is killed."""
+    ran = []
+
+    def run(script, *flags, processes=1):
+        ran.append([script, *map(str, flags)])
+        if commands.fail and commands.fail in " ".join(ran[-1]):
+            raise KeyboardInterrupt
+        importlib.import_module(script.removesuffix(".py")).main(ran[-1][1:])
+
+    commands.fail, commands.ran = None, ran
+    monkeypatch.setattr(trials, "run", run)
+    return commands
+
+
+def main(*flags):
+    experiments.main([str(f) for f in flags])
+
+
+def rows_of(file):
+    """The rows of the first table of a markdown file, by their first cell."""
+    table = file.read_text().split("\n\n")[1]
+    return {first: rest for first, *rest in (line.strip("| ").split(" | ") for line in table.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Phantoms and a tiny Kandinsky 2.2."""
+    root = tmp_path_factory.mktemp("made")
+    phantom.main(["--out", str(root / "data"), "--n", "12", "--size", "64"])
+    tiny_kandinsky.main(["--out", str(root / "tiny")])
+    return root
+
+
+# Tables
+
+
+def test_an_interval_of_students_t_is_that_of_scipys_own_test():
+    from scipy.stats import ttest_1samp
+
+    values = [0.2, 0.5, 0.3]
+    mean, half = trials.over_seeds(values)
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high)) and mean == pytest.approx(1 / 3)
+    assert trials.over_seeds([0.7]) == (0.7, None)
+    assert trials.number(None) == "-" and trials.number(0.12345, 0.01) == "0.1235 ± 0.0100"
+
+
+def test_a_folder_belongs_to_one_experiment_and_a_cell_is_made_once(tmp_path):
+    trials.claim(tmp_path / "a", {"steps": 20})
+    trials.claim(tmp_path / "a", {"steps": 20})
+    with pytest.raises(BadInput, match="a: holds results of steps=20, now steps=30; give another --out"):
+        trials.claim(tmp_path / "a", {"steps": 30})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine.txt").touch()
+    with pytest.raises(BadInput, match="b: not empty and without settings.json"):
+        trials.claim(tmp_path / "b", {})
+    made = []
+    for _ in range(2):
+        assert trials.cell(tmp_path / "c", lambda folder: made.append(folder) or {"x": 1}) == {"x": 1}
+    assert made == [tmp_path / "c"]
+
+
+def test_a_command_that_fails_or_is_stopped_ends_the_experiment(tmp_path):
+    with pytest.raises(BadInput, match="sampler.py ended with status 2"):
+        trials.run("sampler.py", "--ckpt", tmp_path / "no.safetensors", "--prompt", "a", "--out", tmp_path)
+
+
+# The ablation
+
+
+def test_each_arm_says_every_setting_that_an_arm_changes():
+    originals = ["--strategy", "mix", "--mix-p", 0]
+    assert ablation.flags_of("baseline") == [
+        "--no-self-conditioning", "--dropout", 0.0, "--jitter", 0.0, "--views", 1, *originals]
+    assert ablation.flags_of("all-three") == [
+        "--self-conditioning", "--dropout", 0.1, "--jitter", 0.4, "--views", 8, *originals]
+    assert ablation.flags_of("paraphrases-add")[-2:] == ["--strategy", "add"]
+
+
+def planted(out, arm, seed, loss, shown):
+    folder = out / f"seed-{seed}" / arm
+    write_json(folder / "result.json", {
+        "arm": arm, "seed": seed, "step": 9, "loss": loss, "loss_paraphrases": loss + 0.1, "n_judged": 100,
+        "n_shown": shown, "faithfulness": shown / 100, "fid": 10 * loss, "precision": 0.5, "recall": 0.25})
+    write_json(folder / "metrics.json", {"space": "planted", "weights": "f00d"})
+
+
+def test_the_ablations_table_is_paired_by_seed(tmp_path):
+    for seed, loss in enumerate((0.5, 0.9)):  # seeds differ far more than arms
+        planted(tmp_path, "baseline", seed, loss, 50)
+        planted(tmp_path, "dropout-0.1", seed, loss - 0.02 - 0.001 * seed, 80)
+    planted(tmp_path, "all-three", 0, 0.4, 70)
+    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
+    ablation.write_tables(args)
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    assert table["means"]["baseline"]["loss"][0] == pytest.approx(0.7)
+    mean, half = table["less_baseline"]["dropout-0.1"]["loss"]
+    assert mean == pytest.approx(-0.0205) and half == pytest.approx(12.706 * 0.0005, rel=1e-3)
+    assert table["less_baseline"]["all-three"] == {"n": 1} | {
+        k: [pytest.approx(v), None] for k, v in {"loss": -0.1, "loss_paraphrases": -0.1, "faithfulness": 0.2,
+                                                 "fid": -1, "precision": 0, "recall": 0}.items()}
+    low, high = table["means"]["dropout-0.1"]["wilson"]  # of 160 of 200
+    assert (low, high) == pytest.approx((0.7391, 0.8496), abs=1e-3)
+    text = (tmp_path / "ablation.md").read_text()
+    assert "Trainings: 5, of 2 seeds; 9 steps instead of the recipe's" in text and "space: planted" in text
+    assert "| baseline | 2 | 0.7000 ± 2.5412 |" in text and "| all-three | 1 | 0.4000 |" in text
+
+
+def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_what_the_files_hold(
+        made, tmp_path, commands):
+    vae.main(["--data", str(made / "data"), "--out", str(tmp_path / "vae"), "--size", "32", "--steps", "2",
+              "--perceptual", "off"])
+    given = ["ablation", "--data", made / "data", "--out", tmp_path / "a", "--vae",
+             tmp_path / "vae/best.safetensors", "--seeds", 1, "--arms", "baseline", "paraphrases-replace",
+             "--images", 10, "--per-value", 1, "--steps", 2, "--judging=--steps 2", "--sampling=--steps 1",
+             "--training=--size 32 --batch-size 2 --log-every 1 --save-every 1 --shown 0 "
+             "--warmup 0 --ema-decay 0"]
+    commands.fail = "paraphrases-replace/images"  # after its training and its first images
+    with pytest.raises(KeyboardInterrupt):
+        main(*given)
+    assert list(rows_of(tmp_path / "a/ablation.md")) == ["arm", ":---", "baseline"]
+    trained = (tmp_path / "a/seed-0/paraphrases-replace/run/best.safetensors").stat().st_mtime_ns
+    commands.fail = None
+    commands.ran.clear()
+    main(*given)
+    assert (tmp_path / "a/seed-0/paraphrases-replace/run/best.safetensors").stat().st_mtime_ns == trained
+    assert not any("baseline" in " ".join(line) for line in commands.ran)
+    rows = rows_of(tmp_path / "a/ablation.md")
+    for arm in ("baseline", "paraphrases-replace"):
+        cell = tmp_path / "a/seed-0" / arm
+        line = min((x for x in runfolder.read_log(cell / "run") if "val_loss" in x),
+                   key=lambda x: x["val_loss"])
+        found = json.loads((cell / "metrics.json").read_text())
+        figures = [line["val_loss"], line["val_loss_paraphrases"]]
+        assert rows[arm][1:3] == [f"{x:.4f}" for x in figures]
+        assert [x.split()[0] for x in rows[arm][4:]] == [
+            trials.number(found[k]) for k in ("fid", "precision", "recall")]
+    assert rows["baseline"][1:3] != rows["paraphrases-replace"][1:3]
+    with pytest.raises(BadInput, match="holds results of steps=2, now steps=3"):
+        main(*given, "--steps", 3)
+
+
+# Rank sweeps
+
+
+def test_tables_1_and_2_go_on_where_they_were_and_hold_what_their_runs_hold(made, tmp_path, commands):
+    given = ["--prior", made / "tiny/prior", "--decoder", made / "tiny/decoder", "--data", made / "data",
+             "--steps", 2, "--training=--size 64 --batch-size 2 --log-every 1 --save-every 1"]
+    one = ["table1", *given, "--out", tmp_path / "one", "--cells", "rank-4", "rank-128", "dora"]
+    commands.fail = "rank-128"
+    with pytest.raises(KeyboardInterrupt):
+        main(*one)
+    done = [" ".join(line) for line in commands.ran]
+    assert len(done) == 3 and "--rank 32" in done[0] and "--rank 4" in done[1]  # stage 1, a cell, the kill
+    assert list(rows_of(tmp_path / "one/table1.md")) == ["adapter", ":---", "rank-4"]
+    commands.fail = None
+    main(*one)
+    assert len(commands.ran) == 5  # what was done is not started again
+    rows = rows_of(tmp_path / "one/table1.md")
+    for cell in ("rank-4", "rank-128", "dora"):
+        run = tmp_path / "one" / cell / "run"
+        lowest = min(x["val_loss"] for x in runfolder.read_log(run) if "val_loss" in x and x["step"])
+        tensors, _ = load_safetensors(run / "best/adapter_model.safetensors")
+        assert rows[cell][2:4] == [f"{sum(x.numel() for x in tensors.values()):,}", f"{lowest:.4f}"]
+    assert rows["dora"][0] == "32" and rows["rank-128"][4:] == ["-", "-", "-"]
+    with pytest.raises(BadInput, match="holds results of steps=2, now steps=3"):
+        main(*one, "--steps", 3)
+    two = ["table2", *given, "--out", tmp_path / "two", "--cells", "alpha-half"]
+    with pytest.raises(BadInput, match="table1.json: no such file, expected the result of table1"):
+        main(*two, "--table1", tmp_path / "none")
+    main(*two, "--table1", tmp_path / "one")
+    assert rows_of(tmp_path / "two/table2.md")["alpha-half"][:2] == ["32", "16"]
+
+
+def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path):
+    rows = [{"cell": "rank-4", "val_loss": 1.0, "fid": 9.0}, {"cell": "rank-8", "val_loss": 2.0, "fid": 3.0}]
+    write_json(tmp_path / "table1.json", {"results": rows})
+    assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-8/run/best")
+    rows[0]["fid"] = None
+    write_json(tmp_path / "table1.json", {"results": rows})
+    assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-4/run/best")
+
+
+# The submission
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    m = tiny_msdm()
+    save_safetensors(tmp_path / "m.safetensors", m.tensors(), m.metadata())
+    return tmp_path / "m.safetensors"
+
+
+def test_a_submission_is_a_zip_in_order_and_the_same_bytes_again(checkpoint, tmp_path, commands):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS * 4))
+    flags = ["submission", "--ckpt", checkpoint, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "s",
+             "--sampling=--steps 1"]
+    main(*flags)
+    with zipfile.ZipFile(tmp_path / "s.zip") as z:
+        assert z.namelist() == [f"{i:06d}.png" for i in range(12)]
+        assert z.read("000007.png") == (tmp_path / "s/images/000007.png").read_bytes()
+    first = file_hash(tmp_path / "s.zip")
+    (tmp_path / "s/images/000003.png").unlink()
+    main(*flags)
+    assert file_hash(tmp_path / "s.zip") == first
+    (tmp_path / "s/images/000012.png").write_bytes((tmp_path / "s/images/000003.png").read_bytes())
+    with pytest.raises(BadInput, match="s: 13 images, expected 12"):
+        main(*flags)
+    (tmp_path / "s.zip").write_bytes(b"mine")
+    with pytest.raises(BadInput, match="s.zip: would be replaced and is not a zip of"):
+        main(*flags)
+
+
+def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, tmp_path, commands, made):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS * 4))
+    main("submission", "--ckpt", checkpoint, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "s",
+         "--sampling=--steps 1")
+    commands.ran.clear()
+    main("table3", checkpoint, tmp_path / "s", "--data", made / "data", "--prompts", tmp_path / "p.txt",
+         "--out", tmp_path / "t", "--sampling=--steps 1", "--weights", "rule")
+    assert [line[0] for line in commands.ran] == ["sampler.py", *["metrics.py"] * 4]
+    rows = rows_of(tmp_path / "t/table3.md")
+    own, folder = rows[str(checkpoint)], rows[str(tmp_path / "s")]
+    assert own == folder and own[0] == "12"  # the same images
+    found = json.loads((tmp_path / "t" / submission.name_of(tmp_path / "s") / "imageclef.json").read_text())
+    assert own[1] == f"{found['fid']:.4f}" and 0 <= found["fid"] <= 2
+
+
+def test_without_imagenet_weights_table_3_says_what_is_missing_and_names_its_space(monkeypatch, capsys):
+    monkeypatch.setattr(submission.inception, "cached_file", lambda which: None)
+    args = Namespace(features=None, weights=None, data="some/data")
+    (name, flags), = submission.measures_of(args).items()
+    assert name == "classifier" and flags[1].endswith("data.judge-64.safetensors")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "inception_v3_google-0cc3c7bd.pth" in said and "--weights" in said

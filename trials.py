@@ -1,0 +1,177 @@
+"""What experiments of several commands share: their processes, the space of their metrics, their tables.
+
+An experiment is a folder of cells. A cell runs the commands of the README one after the other, each of which
+goes on where it was, and ends with result.json; a cell that has this file costs nothing more. Tables are made
+of these files alone, so a table that is not complete yet holds what is there.
+"""
+
+from command import BadInput
+
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+import inception
+from files import create_json, read_json, replacing, write_json
+from runfolder import read_log
+
+HERE = Path(__file__).resolve().parent
+
+# Commands
+
+
+def run(script, *flags, processes=1):
+    """Run a command of this folder to its end, by torchrun if in several processes; BadInput if it fails.
+
+    The command has then said why in its own lines. SIGTERM is passed on: a training saves and stops.
+    """
+    words = [str(HERE / script), *map(str, flags)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    print(f"\n$ python {'-m torch.distributed.run ' * (processes > 1)}{shlex.join([script, *words[1:]])}",
+          file=sys.stderr, flush=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    child = subprocess.Popen([sys.executable, *launcher * (processes > 1), *words])
+    try:
+        status = child.wait()
+    except BaseException:  # Ctrl-C reaches the child by itself; terminate is for the others
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise BadInput(f"{script} ended with status {status}, its own lines say why; what is done is kept, "
+                       "and the same command goes on there")
+
+
+def devices():
+    """The number of processes that sampling is shared out to: one a GPU, else one."""
+    return max(1, torch.cuda.device_count())
+
+
+def words_of(flag, text):
+    """The words of further flags in one string, as a shell splits them."""
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise BadInput(f"{flag} {text!r}: {error}") from None
+
+
+def given(flag, value):
+    """A flag with its value, or nothing where there is none."""
+    return [] if value is None else [flag, value]
+
+
+# Folders
+
+
+def claim(out, settings):
+    """Write settings.json into the folder of an experiment; BadInput if it holds another one's."""
+    file = Path(out) / "settings.json"
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    if not file.exists() and Path(out).exists() and any(Path(out).iterdir()):
+        raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
+    if not create_json(file, settings):
+        old = read_json(file)
+        for k in sorted(old.keys() | settings.keys()):
+            if old.get(k) != settings.get(k):
+                raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
+                               "give another --out")
+
+
+def cell(folder, make):
+    """The dict make(folder) of a cell, kept in its result.json: computed once."""
+    file = Path(folder) / "result.json"
+    if not file.exists():
+        write_json(file, make(Path(folder)))
+    return read_json(file)
+
+
+def results(folders):
+    """{key: result.json} of the folders {key: folder} that have one."""
+    return {k: read_json(f / "result.json") for k, f in folders.items() if (f / "result.json").exists()}
+
+
+def validation(run_folder):
+    """The validation line of metrics.jsonl after step 0 with the lowest loss: that of the best checkpoint."""
+    held_out = [line for line in read_log(run_folder) if "val_loss" in line and line["step"]]
+    if not held_out:
+        raise BadInput(f"{run_folder}/metrics.jsonl: no line with val_loss, expected one a checkpoint")
+    return min(held_out, key=lambda line: line["val_loss"])
+
+
+# The space of the metrics
+
+
+def add_space_flags(parser):
+    parser.add_argument("--features", help="space of the metrics, as metrics.py --features: inception, a "
+                        "vision model by folder or name, or classifier:FILE; None: Inception if its weights "
+                        "are there")
+    parser.add_argument("--weights", help="Inception weights, as metrics.py --weights")
+
+
+def space_flags(args, classifier=None):
+    """Flags of metrics.py that say the space; None where there is none.
+
+    In order: --features, --weights, the published Inception in torch's cache, the attribute classifier.
+    """
+    if args.features:
+        return ["--features", args.features, *given("--weights", args.weights)]
+    if args.weights:
+        return ["--weights", args.weights]
+    if inception.cached_file("fid"):
+        return []
+    return ["--features", f"classifier:{classifier}"] if classifier else None
+
+
+def space_of(file):
+    """The name of the space of a result of metrics.py --json."""
+    found = read_json(file)
+    return found["space"] + ", of random weights: comparable with nothing else" * (found["weights"] == "rule")
+
+
+NO_SPACE = ("No FID, precision and recall: the Inception weights are not in torch's cache; give them by "
+            "--weights FILE, or another space by --features")
+
+# Tables
+
+
+def over_seeds(values):
+    """(mean, half of its 95 % interval by Student's t, None for one value) of independent runs."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), None
+    half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def number(value, half=None):
+    """A figure, perhaps with half of its interval; "-" where there is none."""
+    if value is None:
+        return "-"
+    digits = ".2g" if 0 < abs(value) < 1e-3 else ".1f" if abs(value) >= 100 else ".4f"
+    shown = f"{value:{digits}}"
+    return shown if half is None else f"{shown} ± {number(half)}"
+
+
+def markdown(heads, rows):
+    """A table of markdown; text is flush left, figures flush right, by the first row."""
+    sides = [":---" if i == 0 else "---:" for i in range(len(heads))]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in [heads, sides, *rows])
+
+
+def write_table(out, name, text, table):
+    """OUT/NAME.md for people and OUT/NAME.json with the same figures, whole at any time."""
+    out = Path(out)
+    with replacing(out / f"{name}.md") as tmp:
+        tmp.write_text(text, encoding="utf-8")
+    write_json(out / f"{name}.json", table)
