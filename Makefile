@@ -1,6 +1,6 @@
 # `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN
+VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN FEATURES
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
@@ -10,6 +10,7 @@ export $(VALUES)
 PY       := .venv/bin/python
 PHANTOM  := data/phantom/prompt-gt.csv
 SMALL    := data/phantom-small/prompt-gt.csv
+OTHERS   := data/phantom-others/prompt-gt.csv
 INSTALL  := .venv/installed
 OUT_MSDM := $${OUT:-runs/msdm}
 OUT22    := $${OUT:-runs/kandinsky22}
@@ -34,13 +35,25 @@ $(PHANTOM): | $(INSTALL)
 $(SMALL): | $(INSTALL)
 	$(PY) phantom.py --out data/phantom-small --n 1000 --size 64 --seed 0
 
+$(OTHERS): | $(INSTALL)
+	$(PY) phantom.py --out data/phantom-others --n 6000 --size 64 --seed 1
+
 phantom: $(PHANTOM)  ## render the built-in data: 8,000 phantoms
 
 # MSDM
 
-demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoencoder, diffusion, a sheet of images
+DEMO := runs/demo/msdm/best.safetensors
+
+define train_demo
 	$(PY) vae.py --preset demo --data data/phantom-small --out runs/demo/vae --perceptual off
 	$(PY) msdm.py --preset demo --data data/phantom-small --vae runs/demo/vae/best.safetensors --out runs/demo/msdm
+endef
+
+$(DEMO): | $(INSTALL) $(SMALL)
+	$(train_demo)
+
+demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoencoder, diffusion, a sheet of images
+	$(train_demo)
 	$(PY) sampler.py --ckpt runs/demo/msdm/best.safetensors --prompts docs/demo.txt -n 4 --solver dpmpp --steps 20 --grid --out out/demo
 	@echo "the sheet is out/demo/grid.png, a row for each line of docs/demo.txt; a page: make report RUN=runs/demo/msdm"
 
@@ -139,6 +152,36 @@ try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky
 	  --grid --out out/try-kandinsky3
 	@echo "the sheet is out/try-kandinsky3/grid.png"
 
+# The paper's experiments. Without DATA, PRIOR and DECODER they run on built-in data and tiny models. Each goes on where
+# it was; its table is OUT/NAME.md. FLAGS go to experiments.py.
+
+SPACE  = $${FEATURES:+--features "$$FEATURES"} $${WEIGHTS:+--weights "$$WEIGHTS"} $(FLAGS)
+LENGTH = $${STEPS:+--steps "$$STEPS"}
+
+ablation: $(INSTALL) $(if $(DATA),,$(PHANTOM) $(OTHERS))  ## MSDM's ablations, three seeds: hours on a CPU, in the background
+	$(PY) experiments.py ablation --preset "$$PRESET" --data "$${DATA:-data/phantom}" --real "$${REAL:-$${DATA:-data/phantom-others}}" \
+	  --out "$${OUT:-runs/ablation}" $${VAE:+--vae "$$VAE"} $(LENGTH) $(SPACE)
+
+TINY_TABLE = $(if $(PRIOR),,--steps 50 --training="--size 64 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 25" \
+  --sampling="--size 64 --steps 10 --solver dpmpp")
+TABLE = --prior "$${PRIOR:-$(TINY22)/prior}" --decoder "$${DECODER:-$(TINY22)/decoder}" --data "$${DATA:-data/phantom-small}" \
+  $${PROMPTS:+--prompts "$$PROMPTS"} $(TINY_TABLE) $(LENGTH) $(SPACE)
+TABLE_NEEDS = $(INSTALL) $(if $(PRIOR),,$(TINY22)) $(if $(DATA),,$(SMALL))
+
+table1: $(TABLE_NEEDS)  ## ranks of the prior's adapter: PRIOR, DECODER, DATA; tiny random models without
+	$(PY) experiments.py table1 --out "$${OUT:-runs/tables}/table1" $(TABLE)
+
+table2: $(TABLE_NEEDS) table1  ## ranks of the decoder's adapter, with the best prior of table1
+	$(PY) experiments.py table2 --table1 "$${OUT:-runs/tables}/table1" --out "$${OUT:-runs/tables}/table2" $(TABLE)
+
+submission: $(INSTALL) $(if $(CKPT),,$(DEMO))  ## one image a prompt of PROMPTS by CKPT (the demo's without), and a zip of them
+	$(PY) experiments.py submission --ckpt "$${CKPT:-$(DEMO)}" --prompts "$${PROMPTS:-docs/paper-prompts.txt}" \
+	  --out "$${OUT:-out/submission}" $(FLAGS)
+
+table3: $(INSTALL) $(if $(CKPT),,$(DEMO)) $(if $(DATA),,$(SMALL))  ## CKPTs and folders of images by the official protocol of 2024
+	$(PY) experiments.py table3 $${CKPT:-$(DEMO)} --prompts "$${PROMPTS:-docs/paper-prompts.txt}" \
+	  --data "$${DATA:-data/phantom-small}" --out "$${OUT:-runs/tables/table3}" $(SPACE)
+
 # Development
 
 FIRST_HALF := $(wildcard tests/test_[a-f]*.py tests/test_[jk]*.py)
@@ -163,8 +206,9 @@ bench: $(INSTALL)  ## speed and memory of networks, trainings, sampling and metr
 	$(PY) tests/bench.py
 
 clean:  ## remove the built-in data and caches, but no run, no image and not the installation
-	rm -rf data/phantom data/phantom-small .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf data/phantom data/phantom-small data/phantom-others .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
+  ablation table1 table2 table3 submission \
   metrics report test test-first-half test-second-half test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help

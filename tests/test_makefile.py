@@ -29,6 +29,27 @@ def test_preset_reaches_both_trainings(given, preset):
     assert unet.startswith(f"msdm.py --preset {preset} --data some $folder --vae runs/msdm/vae/best.saf")
 
 
+def test_the_experiments_run_on_built_in_data_unless_values_are_given():
+    said = made_commands("ablation")
+    assert said[-1] == ("experiments.py ablation --preset tiny --data data/phantom --real "
+                        "data/phantom-others --out runs/ablation")
+    said = made_commands("ablation", "DATA=some $folder", "PRESET=paper", "STEPS=20", "FLAGS=--seeds 2")
+    assert said == ["experiments.py ablation --preset paper --data some $folder --real some $folder --out "
+                    "runs/ablation --steps 20 --seeds 2"]
+    one, two = made_commands("table2", "PRIOR=p", "DECODER=d", "DATA=x", "WEIGHTS=w")
+    assert one == "experiments.py table1 --out runs/tables/table1 --prior p --decoder d --data x --weights w"
+    assert two == ("experiments.py table2 --table1 runs/tables/table1 --out runs/tables/table2 --prior p "
+                   "--decoder d --data x --weights w")
+    tiny = made_commands("table1", "STEPS=20")[-1]
+    assert "--prior runs/tiny-kandinsky22/prior" in tiny and tiny.endswith("--steps 20")
+    assert made_commands("submission", "CKPT=c", "PROMPTS=p q.csv") == [
+        "experiments.py submission --ckpt c --prompts p q.csv --out out/submission"]
+    assert made_commands("submission")[-1].startswith(
+        "experiments.py submission --ckpt runs/demo/msdm/best.safetensors --prompts docs/paper-prompts.txt")
+    assert made_commands("table3", "CKPT=a b", "DATA=x", "PROMPTS=p", "OUT=o") == [
+        "experiments.py table3 a b --prompts p --data x --out o"]
+
+
 def in_process(line):
     """A printed command, without the start of a python; it has no word with a space in it."""
     script, *flags = line.split()
