@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 
 import inception
-from files import create_json, read_json, replacing, write_json
+from files import create_json, read_json, remove_unfinished, replacing, write_json
 from runfolder import read_log
 
 HERE = Path(__file__).resolve().parent
@@ -76,9 +76,10 @@ def given(flag, value):
 
 def claim(out, settings):
     """Write settings.json into the folder of an experiment; BadInput if it holds another one's."""
-    file = Path(out) / "settings.json"
+    out = Path(out)
+    file = out / "settings.json"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    if not file.exists() and Path(out).exists() and any(Path(out).iterdir()):
+    if not file.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not create_json(file, settings):
         old = read_json(file)
@@ -86,6 +87,7 @@ def claim(out, settings):
             if old.get(k) != settings.get(k):
                 raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
                                "give another --out")
+    remove_unfinished(out, "*.json", "*.md", "*.csv")
 
 
 def cell(folder, make):

@@ -86,9 +86,25 @@ def test_a_folder_belongs_to_one_experiment_and_a_cell_is_made_once(tmp_path):
     assert made == [tmp_path / "c"]
 
 
-def test_a_command_that_fails_or_is_stopped_ends_the_experiment(tmp_path):
-    with pytest.raises(BadInput, match="sampler.py ended with status 2"):
-        trials.run("sampler.py", "--ckpt", tmp_path / "no.safetensors", "--prompt", "a", "--out", tmp_path)
+@pytest.mark.parametrize("status, raised", [(2, BadInput), (130, KeyboardInterrupt)])
+def test_a_command_that_fails_or_is_stopped_ends_the_experiment(tmp_path, monkeypatch, status, raised):
+    (tmp_path / "short.py").write_text("import sys\nsys.exit(int(sys.argv[1]))\n")
+    monkeypatch.setattr(trials, "HERE", tmp_path)
+    trials.run("short.py", 0)
+    with pytest.raises(raised, match="short.py ended with status 2" if status == 2 else None):
+        trials.run("short.py", status)
+
+
+def test_a_command_is_told_that_the_experiment_is_stopped_and_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "long.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.2)\n    pathlib.Path(sys.argv[1]).touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")
+    monkeypatch.setattr(trials, "HERE", tmp_path)
+    with pytest.raises(SystemExit) as left:
+        trials.run("long.py", tmp_path / "saved")
+    assert left.value.code == 143 and (tmp_path / "saved").exists()
 
 
 # The ablation
