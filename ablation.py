@@ -176,8 +176,9 @@ def over(seeds):
     """{figure: (mean over the seeds, half its interval)} of an arm, and Wilson's interval of faithfulness."""
     out = {key: trials.over_seeds([r[key] for r in seeds.values()]) for key in COLUMNS}
     n, hits = (sum(r[k] for r in seeds.values()) for k in ("n_judged", "n_shown"))
-    wilson = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
-    return out | {"wilson": (float(wilson.low), float(wilson.high)), "n_judged": n}
+    if n:
+        wilson = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    return out | {"wilson": (float(wilson.low), float(wilson.high)) if n else (None, None), "n_judged": n}
 
 
 def against(seeds, baseline):
@@ -185,8 +186,10 @@ def against(seeds, baseline):
     common = [s for s in seeds if s in baseline]
     if not common:
         return None
-    return {"n": len(common)} | {key: trials.over_seeds([seeds[s][key] - baseline[s][key] for s in common])
-                                 for key in COLUMNS}
+    pairs = [(seeds[s], baseline[s]) for s in common]
+    return {"n": len(common)} | {key: trials.over_seeds([
+        None if None in (own[key], base[key]) else own[key] - base[key] for own, base in pairs])
+        for key in COLUMNS}
 
 
 def text_of(mean, key, only):

@@ -148,10 +148,11 @@ NO_SPACE = ("No FID, precision and recall: the Inception weights are not in torc
 
 
 def over_seeds(values):
-    """(mean, half of its 95 % interval by Student's t, None for one value) of independent runs."""
+    """(mean, half of its 95 % interval by Student's t, None for one value) of independent runs; None for both
+    where a run has no value."""
     n = len(values)
-    if n < 2:
-        return float(np.mean(values)), None
+    if n < 2 or None in values:
+        return (None if None in values else float(np.mean(values))), None
     half = scipy.stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return float(np.mean(values)), float(half)
 

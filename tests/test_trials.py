@@ -148,6 +148,16 @@ def test_the_ablations_table_is_paired_by_seed(tmp_path):
     assert "| baseline | 2 | 0.7000 ± 2.5412 |" in text and "| all-three | 1 | 0.4000 |" in text
 
 
+def test_an_arm_of_which_nothing_could_be_judged_has_no_faithfulness(tmp_path):
+    planted(tmp_path, "baseline", 0, 0.5, 50)
+    planted(tmp_path, "all-three", 0, 0.4, 70)
+    file = tmp_path / "seed-0/all-three/result.json"
+    write_json(file, json.loads(file.read_text()) | {"n_judged": 0, "n_shown": 0, "faithfulness": None})
+    args = Namespace(out=tmp_path, preset="tiny", steps=None, training="", images=10, sampling="")
+    ablation.write_tables(args)
+    assert rows_of(tmp_path / "ablation.md")["all-three"][1:4] == ["0.4000", "0.5000", "-"]
+
+
 def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_what_the_files_hold(
         made, tmp_path, commands):
     vae.main(["--data", str(made / "data"), "--out", str(tmp_path / "vae"), "--size", "32", "--steps", "2",
