@@ -36,6 +36,7 @@ import mirrored
 import msdm
 import training
 import wording
+from captions import CaptionSampler
 from diffusion import min_snr_weight, q_sample, target
 from encoded import EncoderCache, Sheets, decoder_data, load_autoencoder, prior_data, unet3_data
 from files import (
@@ -84,7 +85,7 @@ def msdm_task(args, world):
     folder = Path(args.cache or run.folder)
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
-    captions = msdm.CaptionSampler(train, val, model.text, args.join, args.p_uncond, source, folder, world,
+    captions = CaptionSampler(train, val, model.text, args.join, args.p_uncond, source, folder, world,
                                    words)
     objective = msdm.Objective(model, latents, captions, args, mirrored.entries(train))
     names = [r.name for r in train if not r.mirror]

@@ -21,6 +21,7 @@ import phantom
 import training
 import vae
 import wording
+from captions import CaptionSampler
 from files import load_safetensors, save_safetensors
 from wording import Wording
 
@@ -57,7 +58,7 @@ def test_a_prompt_without_paraphrases_draws_no_random_number():
 def captions_of(words, join, folder):
     records, text = [data.Record(Path("a"), "a", ["1 polyp", "no text"])], tiny_msdm().text
     place = "", folder, training.start("cpu")
-    return msdm.CaptionSampler(records, records, text.requires_grad_(False), join, 0.0, *place, words)
+    return CaptionSampler(records, records, text.requires_grad_(False), join, 0.0, *place, words)
 
 
 def test_a_joined_caption_says_each_prompt_once_and_in_one_way(tmp_path):
