@@ -5,6 +5,8 @@ index) only, in units of the image's side from the upper left; it is the same at
 rendered at. Attributes:
 
     polyps       0, 1, 2 or 3, a quarter of the images each; they never touch. n_findings is their number.
+                 --max-polyps 8 draws 0 to 8 alike, to teach a judge what a wrong number looks like; beside
+                 more than 3 there are fewer instruments, and more than 5 fit only where most are small.
     cells        a polyp covers a cell of the 3x3 grid when at least 30 % of its visible area lies there, and
                  always the cell with most of it. The head counts, not its stalk or what frame and box hide.
     size         radius of the head 0.071 (< 5mm), 0.103 (5-10mm), 0.146 (11-20mm), 0.203 (>20mm), each
@@ -46,6 +48,7 @@ import prompts
 from files import remove_unfinished, replacing
 
 MOST = 1_000_000                 # images; their names have six digits
+MOST_POLYPS = 8                  # of the nine cells, one is always left
 LARGEST = 2048                   # px; there a process takes 2 GB and some 20 s an image
 RADIUS = dict(zip(prompts.SIZES, (0.071, 0.103, 0.146, 0.203), strict=True))
 COLORS = {"pink": (0.98, 0.60, 0.80), "red": (0.66, 0.05, 0.12), "white": (0.97, 0.95, 0.88),
@@ -147,12 +150,12 @@ def visible_cells(scene, polyp):
 # Drawing the random numbers of a scene
 
 
-def draw_scene(seed, index):
+def draw_scene(seed, index, max_polyps=3):
     """All that the image shows, as plain numbers: first what prompts describe, then light and folds."""
     rng = np.random.default_rng([seed, index])
     scene = {"procedure": "colonoscopy" if rng.random() < 0.75 else "gastroscopy",
              "cut": rng.uniform(0.17, 0.20)}
-    n_polyps, n_instruments = rng.integers(4), rng.choice(3, p=(0.50, 0.33, 0.17))
+    n_polyps, n_instruments = rng.integers(max_polyps + 1), rng.choice(3, p=(0.50, 0.33, 0.17))
     has_box, has_text = rng.random(2) < 0.5
     box = (0.0, 1 - rng.uniform(0.19, 0.21), rng.uniform(0.20, 0.22), 1.0)
     scene["box"] = box if has_box else None
@@ -161,6 +164,8 @@ def draw_scene(seed, index):
     placed = None
     while placed is None:
         placed = place_things(rng, scene, cells, n_instruments)
+        if n_polyps > 3:                                    # these seldom fit: fewer instruments, other cells
+            n_instruments, cells = rng.integers(n_instruments + 1), rng.permutation(9)[:n_polyps]
     scene["polyps"], scene["instruments"] = placed
     text = place_text(rng, scene)
     scene["text"] = text if has_text else None
@@ -190,9 +195,10 @@ def place_things(rng, scene, cells, n_instruments):
             polyp["angle"], polyp["stalk"] = rng.uniform(-0.6, 0.6), rng.uniform(0, 2 * pi)
             center = (np.array([cell % 3, cell // 3]) + 0.5) / 3 + rng.uniform(-0.075, 0.075, 2)
             polyp["center"] = np.clip(center, low, 1 - low).tolist()
-            polyp["cells"] = visible_cells(scene, polyp)
-            if prompts.CELLS[cell] in polyp["cells"] and all(apart(polyp, other) for other in polyps):
-                break
+            if all(apart(polyp, other) for other in polyps):
+                polyp["cells"] = visible_cells(scene, polyp)
+                if prompts.CELLS[cell] in polyp["cells"]:
+                    break
         else:
             return None
         polyps.append(polyp)
@@ -458,17 +464,17 @@ def in_order(names, found):
     return [name for name in names if name in found]
 
 
-def make_words(index, seed):
+def make_words(index, seed, max_polyps):
     """(line of attributes.jsonl, rows of prompt-gt.csv) of one image."""
-    scene, name = draw_scene(seed, index), f"{index:06d}.png"
+    scene, name = draw_scene(seed, index, max_polyps), f"{index:06d}.png"
     prompts_of_it = describe(scene, np.random.default_rng([seed, index, 1]))
     rows = "".join(f"{prompt};{name}\n" for prompt in prompts_of_it)
     return json.dumps(attributes(scene, name)) + "\n", rows
 
 
-def make_image(index, seed, size, folder):
+def make_image(index, seed, max_polyps, size, folder):
     with replacing(folder / f"{index:06d}.png") as tmp:
-        Image.fromarray(render(draw_scene(seed, index), size)).save(tmp)
+        Image.fromarray(render(draw_scene(seed, index, max_polyps), size)).save(tmp)
 
 
 def check_out(out, n):
@@ -493,7 +499,7 @@ def check_same(out, found, size, lines):
     if found and ("attributes.jsonl" not in found
                   or (out / "attributes.jsonl").read_bytes() != lines.encode()):
         raise BadInput(f"{out}: expected an empty folder or this same phantom, "
-                       "found another (--n, --seed or version)")
+                       "found another (--n, --seed, --max-polyps or version)")
     for name in sorted(f for f in found if f.endswith(".png"))[:1]:       # an unreadable one is written anew
         with suppress(OSError), Image.open(out / name) as img:
             if img.size != (size, size):
@@ -533,14 +539,19 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=2000, help="number of images")
     parser.add_argument("--size", type=int, default=64, help="side of an image, px")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i only")
+    parser.add_argument("--max-polyps", type=int, default=3,
+                        help=f"the most polyps of an image, up to {MOST_POLYPS}; {MOST_POLYPS} for a judge")
     args = parser.parse_args(argv)
-    for name, low, high in (("n", 1, MOST), ("size", 16, LARGEST), ("seed", 0, 2**64 - 1)):
-        if not low <= getattr(args, name) <= high:
-            bound = f"least {low}" if getattr(args, name) < low else f"most {high}"
-            raise BadInput(f"--{name}: expected at {bound}, got {getattr(args, name)}")
+    for name, low, high in (("n", 1, MOST), ("size", 16, LARGEST), ("seed", 0, 2**64 - 1),
+                            ("max-polyps", 1, MOST_POLYPS)):
+        value = getattr(args, name.replace("-", "_"))
+        if not low <= value <= high:
+            raise BadInput(f"--{name}: expected at {f'least {low}' if value < low else f'most {high}'}, "
+                           f"got {value}")
     found = check_out(args.out, args.n)
     with workers(args.out) as pool:
-        words = pool.map(partial(make_words, seed=args.seed), range(args.n), chunksize=10)
+        drawn = {"seed": args.seed, "max_polyps": args.max_polyps}
+        words = pool.map(partial(make_words, **drawn), range(args.n), chunksize=10)
         lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="image"), strict=True)
         check_same(args.out, found, args.size, "".join(lines))
         # attributes.jsonl comes first: check_same of a later run compares it. prompt-gt.csv comes last, when
@@ -548,7 +559,7 @@ def main(argv=None):
         with replacing(args.out / "attributes.jsonl") as tmp:
             tmp.write_text("".join(lines), encoding="utf-8")
         (args.out / "images").mkdir(exist_ok=True)
-        make = partial(make_image, seed=args.seed, size=args.size, folder=args.out / "images")
+        make = partial(make_image, **drawn, size=args.size, folder=args.out / "images")
         made = pool.map(make, range(args.n), chunksize=4)
         for _ in tqdm(made, total=args.n, desc="images", unit="image"):
             pass

@@ -44,7 +44,7 @@ def pixel(img, x, y):
 # ---------------------------------------------------------------- scenes
 
 def test_a_scene_depends_on_seed_and_index_only():
-    again = phantom.draw_scene(7, 5)
+    again = phantom.draw_scene(7, 5, 3)
     assert np.array_equal(phantom.render(again, 32), phantom.render(SCENES[5], 32))
     assert not np.array_equal(phantom.render(phantom.draw_scene(8, 5), 32), phantom.render(again, 32))
 
@@ -70,6 +70,14 @@ def test_attributes_are_spread_as_the_docstring_says():
                                                                   for p in polyps} == set(prompts.PARIS)
     assert {c for p in polyps for c in p["colors"]} == set(phantom.COLORS) <= set(prompts.COLORS)
     assert np.mean([len(p["cells"]) == 1 for p in polyps]) > 0.9
+
+
+def test_up_to_eight_polyps_are_drawn_where_asked_for():
+    scenes = [phantom.draw_scene(7, i, 8) for i in range(60)]
+    n_polyps = Counter(len(s["polyps"]) for s in scenes)
+    assert set(n_polyps) == set(range(9))
+    eight = next(s for s in scenes if len(s["polyps"]) == 8)
+    assert all(phantom.apart(a, b) for a in eight["polyps"] for b in eight["polyps"] if a is not b)
 
 
 def test_size_classes_do_not_overlap():
@@ -234,7 +242,7 @@ def test_attributes_of_somebody_else_are_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("other", [("--n", "11"), ("--seed", "4"), ("--size", "48")])
+@pytest.mark.parametrize("other", [("--n", "11"), ("--seed", "4"), ("--size", "48"), ("--max-polyps", "8")])
 def test_another_phantom_is_refused(folder, other):
     before = files(folder)
     flags = {"--n": "12", "--size": "32", "--seed": "3"} | {other[0]: other[1]}
