@@ -25,7 +25,7 @@ from weights import load_state
 # number of values.
 ATTRIBUTES = {
     "polyp": ("categorical", ("no polyps", "a polyp")),
-    "count": ("categorical", ("0", "1", "2", "3", "more")),
+    "count": ("categorical", (*"012345678", "more")),
     "place": ("multilabel", prompts.CELLS),
     "size": ("multilabel", prompts.SIZES),
     "instruments": ("categorical", ("none", "some")),
@@ -38,7 +38,9 @@ ATTRIBUTES = {
 VALUES = [(attribute, value) for attribute, (_, values) in ATTRIBUTES.items() for value in values]
 COLUMN = {pair: i for i, pair in enumerate(VALUES)}
 SLICE = {a: slice(COLUMN[a, values[0]], COLUMN[a, values[-1]] + 1) for a, (_, values) in ATTRIBUTES.items()}
+ORDERED = ("count", "size")     # where a wrong image may show the next value
 UNKNOWN = -1
+MIN_EXAMPLES = 5                # training images below which a classifier has not seen a value
 
 
 # Labels
@@ -61,6 +63,11 @@ def from_line(line: dict) -> dict:
             "abnormality_cells": [c for p in polyps for c in p["cells"]],
             "colors": [c for p in polyps for c in p["colors"]],
             "sizes": [p["size"] for p in polyps], "paris": [p["paris"] for p in polyps]}
+
+
+def count_value(n_polyps: int) -> str:
+    """The value of the attribute "count"."""
+    return str(n_polyps) if str(n_polyps) in ATTRIBUTES["count"][1] else "more"
 
 
 def truth_row(attributes: dict) -> list[int]:
@@ -90,7 +97,7 @@ def truth_row(attributes: dict) -> list[int]:
             row[SLICE[attribute]] = [int(v in names) for v in ATTRIBUTES[attribute][1]]
 
     categorical("polyp", polyp)
-    categorical("count", None if n_polyps is None else min(n_polyps, 4))
+    categorical("count", None if n_polyps is None else ATTRIBUTES["count"][1].index(count_value(n_polyps)))
     categorical("instruments", some)
     categorical("box", a.get("box"))
     categorical("text", a.get("text"))
@@ -113,6 +120,29 @@ def truth(records, folder) -> torch.Tensor:
     else:
         rows = [truth_row(merge([prompts.parse(p) for p in r.prompts])) for r in records]
     return torch.tensor(rows, dtype=torch.int8)
+
+
+def cannot_judge(labels) -> dict:
+    """{column of VALUES: why} for the values that a classifier trained on labels (n, values) cannot judge.
+
+    A classifier answers with one of the values that it has seen, whatever an image shows. It can judge a
+    value only if it has seen images with it, images without it, and, of a number or a size, those next to
+    it: one that has seen no more than three polyps calls eight of them three.
+    """
+    seen = (labels == 1).sum(0) >= MIN_EXAMPLES
+    seen_without = (labels == 0).sum(0) >= MIN_EXAMPLES
+    why = {}
+    for i, (attribute, _) in enumerate(VALUES):
+        span = SLICE[attribute]
+        beside = range(max(i - 1, span.start), min(i + 2, span.stop)) if attribute in ORDERED else ()
+        missing = [VALUES[j][1] for j in beside if not seen[j]]
+        if not seen[i]:
+            why[i] = f"fewer than {MIN_EXAMPLES} real images show it"
+        elif not seen_without[i]:
+            why[i] = f"fewer than {MIN_EXAMPLES} real images are without it"
+        elif missing:
+            why[i] = f"the judge has not seen {' and '.join(missing)}"
+    return why
 
 
 def read_attributes(folder):
@@ -267,6 +297,8 @@ def classifier_of(folder, records, images, labels, args):
             raise BadInput(f"{file}: holds a classifier of {other}; this run needs one of {ours}; name "
                            "another file with --classifier")
         print(f"{file}: holds a classifier of {other}; replaced by one of {ours}", file=sys.stderr)
+    made_of["seen"] = {a: dict(zip(ATTRIBUTES[a][1], (labels[:, span] == 1).sum(0).tolist(), strict=True))
+                       for a, span in SLICE.items()}
     began = time.perf_counter()
     net = train_classifier(images, labels, args.steps, args.seed, device=args.device)
     kept = f"in {file}"

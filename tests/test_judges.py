@@ -14,6 +14,7 @@ from PIL import Image
 import classifier
 import data
 import judges
+import memorisation
 import prompts
 from classifier import COLUMN, SLICE, UNKNOWN, VALUES
 from files import load_safetensors, save_safetensors
@@ -105,6 +106,96 @@ def test_shuffled_prompts_fall_to_chance(toy, tmp_path):
     rows, _ = faithfulness(toy, tmp_path)
     for row in rows.values():
         assert row["low"] < row["chance"] < row["high"]
+
+
+def write_counts(folder, rng, shown, asked=None):
+    """Images of so many bright discs, each in a cell of its own, with prompts for as many, or for `asked`."""
+    rows = []
+    for i, n in enumerate(shown):
+        img = rng.normal(90, 10, (SIDE, SIDE, 3))
+        for cell in rng.permutation(9)[:n]:
+            y, x = 2 + 10 * (cell // 3) + rng.integers(3), 2 + 10 * (cell % 3) + rng.integers(3)
+            img[y:y + 6, x:x + 6] = 230
+        data.write_image(folder / "images" / f"{i:04d}.png", img.clip(0, 255).astype(np.uint8))
+        rows.append((prompts.write({"n_polyps": int(asked or n)}), f"{i:04d}.png"))
+    write_rows(folder / "prompt-gt.csv", rows)
+    return folder
+
+
+class Counter(torch.nn.Module):
+    """Logits of a classifier that counts the discs of write_counts, more than `most` of them as most."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.out = most, torch.nn.Linear(1, 1)
+
+    def forward(self, img):
+        n = ((img.float().mean(1) > 160).sum((1, 2)) / 36).round().long().clamp(max=self.most)
+        logits = torch.zeros(len(img), len(VALUES))
+        logits[torch.arange(len(img)), SLICE["count"].start + n] = 1
+        return logits
+
+
+@pytest.mark.parametrize("most", [8, 3])
+def test_eight_polyps_under_a_prompt_for_three_are_not_credited(tmp_path, capsys, monkeypatch, most):
+    rng = np.random.default_rng(0)
+    real = write_counts(tmp_path / "real", rng, np.arange(10 * (most + 1)) % (most + 1))
+    fake = write_counts(tmp_path / "fake", rng, [8] * 10 + [3] * 10, asked=3)
+    monkeypatch.setattr(judges, "classifier_of", lambda *_: Counter(most))
+    run("faithfulness", real=real, held_out=real, fake=fake, json=tmp_path / "table.json")
+    table = json.loads((tmp_path / "table.json").read_text())
+    if most == 3:                                           # its "3" would be right in all of them
+        assert table["not_judged"] == ["count 3: the judge has not seen 4"] and not table["values"]
+        assert "not judged: count 3: the judge has not seen 4" in capsys.readouterr().out
+    else:
+        [row], [confused] = table["values"], table["confusions"]
+        assert row["sensitivity"] == 1 and row["n"] == 20 and row["share"] == row["only"] == 0.5
+        assert confused["found"] == {"3": 10, "8": 10} and not table["not_judged"]
+        assert table["summary"][0]["asked for"] == "exactly 3 polyps"
+
+
+def test_a_classifier_s_file_says_what_it_has_seen(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "c.safetensors"
+    real = write_counts(tmp_path / "real", rng, np.arange(24) % 4)
+    run("faithfulness", real=real, held_out=real, fake=real, classifier=file, steps=1)
+    seen = load_safetensors(file)[1]["seen"]["count"]
+    assert [seen[v] for v in ("0", "3", "4", "more")] == [6, 6, 0, 0]
+
+
+@pytest.mark.parametrize("seen, why", [
+    ({"0": 9, "1": 9, "2": 9}, {"2": "the judge has not seen 3"}),
+    ({"1": 9, "2": 9, "3": 4}, {"1": "the judge has not seen 0", "2": "the judge has not seen 3",
+                                "3": "fewer than 5 real images show it"}),
+    ({"1": 9}, {"1": "fewer than 5 real images are without it"}),
+])
+def test_a_number_is_judged_only_between_numbers_that_were_seen(seen, why):
+    rows = [classifier.truth_row({"n_polyps": int(n)}) for n, k in seen.items() for _ in range(k)]
+    found = classifier.cannot_judge(torch.tensor(rows, dtype=torch.int8))
+    assert {v: found[COLUMN["count", v]] for v in seen if COLUMN["count", v] in found} == why
+    if "0" not in seen:                                     # who has seen nothing else calls all a polyp
+        assert found[COLUMN["polyp", "a polyp"]] == "fewer than 5 real images are without it"
+
+
+def test_damaged_images_have_a_row_each(toy):
+    _, table = faithfulness(toy, toy / "fake")
+    rows = {row.pop("held-out images"): row for row in table["degraded"]}
+    assert len(rows) == 5 and all(set(row) == {"polyp", "box"} for row in rows.values())
+    assert rows["as they are"]["box"] > 0.9 > rows["another image"]["box"]
+
+
+def test_a_value_is_found_alone_or_among_others():
+    """An image whose polyps fill every cell shows the cell asked for, and is not what the prompt asks for."""
+    span = SLICE["place"]
+    targets = torch.zeros(2, len(VALUES), dtype=torch.bool)
+    targets[:, COLUMN["place", "center"]] = True
+    predicted = targets.clone()
+    predicted[1, span] = True
+    assert judges.same_set(predicted, targets)[:, span].all(1).tolist() == [True, False]
+
+
+def test_repeated_images_are_counted(toy):
+    images, _ = data.load_images(data.read_folder(toy / "fake")[:10], SIDE)
+    assert judges.repeats(images) == 0 and judges.repeats(torch.cat([images, images[:1], images[:2]])) == 3
 
 
 def test_prompts_that_ask_for_nothing_are_refused(toy, tmp_path):
@@ -199,12 +290,15 @@ def test_report_on_perfect_and_on_blind_images():
     blind = torch.zeros_like(wanted)
     blind[:, COLUMN["box", "with"]] = True
     for shown, expected in ((wanted, 1.0), (blind, 0.5)):
-        rows, summary, rare = judges.report(shown, wanted, labels, wanted, labels)
+        rows, summary, confused, rare = judges.report(shown, wanted, labels, wanted, labels)
         assert len(rows) == 2 and len(summary) == 1 and not rare
-        assert summary[0]["share"] == expected and summary[0]["n"] == 200
+        assert summary[0]["share"] == summary[0]["only"] == expected and summary[0]["n"] == 200
+        assert [row["found"] for row in confused] == [{"with" if expected < 1 else "without": 100},
+                                                      {"with": 100}]
         assert summary[0]["chance"] == summary[0]["accuracy"] / 2 == summary[0]["sensitivity"] / 2 == 0.5
     labels[4:, box] = UNKNOWN
-    assert judges.report(wanted, wanted, labels, wanted, labels)[2] == ["box without", "box with"]
+    assert judges.report(wanted, wanted, labels, wanted, labels)[3] == [
+        "box without: fewer than 5 real images show it", "box with: fewer than 5 real images show it"]
 
 
 def test_what_cannot_be_tested_is_null_in_the_file(tmp_path):
@@ -269,8 +363,8 @@ def test_a_file_of_the_same_kind_is_replaced(tmp_path):
         judges.main(["prompts", "--out", str(tmp_path / "p.csv"), "--per-value", "1", "--colors", *colors])
     pair = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     for name in ("a.png", "a.jpg"):
-        judges.write_pairs(tmp_path / name, [(pair, pair)], [1.0])
-        assert judges.is_sheet(tmp_path / name)
+        memorisation.write_pairs(tmp_path / name, [(pair, pair)], [1.0])
+        assert memorisation.is_sheet(tmp_path / name)
 
 
 @pytest.mark.parametrize("flags", [("sheet", "json"), ("classifier", "json")])
@@ -324,7 +418,8 @@ def test_balanced_accuracy():
     labels[:, box] = torch.tensor([[1, 0]] * 4 + [[0, 1]] * 2, dtype=torch.int8)
     right, always = labels == 1, torch.zeros(6, len(VALUES), dtype=torch.bool)
     always[:, COLUMN["box", "without"]] = True
-    [row] = judges.balanced_rows({"right": (right, labels), "always": (always, labels)})
+    fit = torch.ones(len(VALUES), dtype=torch.bool)
+    [row] = judges.balanced_rows(fit, {"right": (right, labels), "always": (always, labels)})
     assert row == {"attribute": "box", "n_values": 2, "right": 1.0, "always": 0.5}
 
 
@@ -341,19 +436,19 @@ def copies(toy):
     return toy / "copies"
 
 
-def memorisation(toy, fake, **more):
+def remembered(toy, fake, **more):
     run("memorisation", train=toy / "real", held_out=toy / "other", fake=fake, sheet=toy / "sheet.png",
         json=toy / "memory.json", **more)
     return json.loads((toy / "memory.json").read_text())
 
 
 def test_copies_are_flagged_and_other_images_are_not(toy, copies, capsys):
-    found = memorisation(toy, copies)
+    found = remembered(toy, copies)
     assert found["flagged"] and found["rows"][0]["too close"] > 0.5
     assert all(p["generated"] == p["training"] for p in found["pairs"][:5])
     assert "COPIES" in capsys.readouterr().out
     assert Image.open(toy / "sheet.png").size[0] > 4 * 2 * 128
-    honest = memorisation(toy, toy / "fake")
+    honest = remembered(toy, toy / "fake")
     assert not honest["flagged"] and honest["rows"][0]["authentic"] > found["rows"][0]["authentic"]
 
 
@@ -363,7 +458,7 @@ def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
         data.write_image(mixed / f"{i:03d}.png", data.open_image(record.path))
     for name in sorted(p.name for p in (copies / "images").iterdir())[:6]:
         data.write_image(mixed / f"copy-{name}", data.open_image(copies / "images" / name))
-    found = memorisation(toy, toy / "mixed")  # a folder without captions will do
+    found = remembered(toy, toy / "mixed")  # a folder without captions will do
     assert found["verdict"].startswith("SUSPICIOUS") and not found["flagged"]
 
 
@@ -377,7 +472,7 @@ def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, kind):
                 data.open_image(record.path).save(place.with_suffix(".jpg"), quality=90)
             else:
                 place.with_suffix(".png").write_bytes(record.path.read_bytes())
-    found = memorisation(toy, tmp_path / "fake")
+    found = remembered(toy, tmp_path / "fake")
     assert found["flagged"] and found["verdict"] == "COPIES: 2 of 24 generated images are training images"
 
 
@@ -386,7 +481,7 @@ def test_few_images_cannot_tell(toy, tmp_path, n):
     (tmp_path / "fake").mkdir()
     for record in data.read_folder(toy / "fake")[10:10 + n]:
         (tmp_path / "fake" / record.name).write_bytes(record.path.read_bytes())
-    found = memorisation(toy, tmp_path / "fake")
+    found = remembered(toy, tmp_path / "fake")
     assert found["verdict"].startswith(f"cannot tell: {n} image") and not found["flagged"]
 
 
@@ -402,27 +497,27 @@ def test_inception_features_can_stand_in(toy, copies, monkeypatch):
         def forward(self, img):
             return {"2048": torch.nn.functional.avg_pool2d(img.float(), 4).flatten(1)}
 
-    monkeypatch.setattr(judges, "Inception", lambda weights: Inception())
-    found = memorisation(toy, copies, weights="rule")
+    monkeypatch.setattr(memorisation, "Inception", lambda weights: Inception())
+    found = remembered(toy, copies, weights="rule")
     assert "rule" in found["features"] and math.isfinite(found["near"])
 
 
 def test_features_without_power_say_so(toy, copies, monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(judges, "thumbnails", lambda img: torch.rand(len(img), 4, generator=generator))
-    found = memorisation(toy, copies)
+    monkeypatch.setattr(memorisation, "thumbnails", lambda img: torch.rand(len(img), 4, generator=generator))
+    found = remembered(toy, copies)
     assert not found["flagged"] and "cannot tell" in found["verdict"]
 
 
 def test_nearest():
     a, b = torch.randn(50, 8), torch.randn(70, 8)
-    d, i = judges.nearest(a, b, chunk=16)
+    d, i = memorisation.nearest(a, b, chunk=16)
     expected = torch.cdist(a.double(), b.double()).min(1)
     assert torch.equal(i, expected.indices)
     torch.testing.assert_close(d, expected.values.float())
-    d, i = judges.nearest(a, a, chunk=16)
+    d, i = memorisation.nearest(a, a, chunk=16)
     assert (d == 0).all() and torch.equal(i, torch.arange(50))
-    d, i = judges.nearest(a, a, skip_self=True, chunk=16)
+    d, i = memorisation.nearest(a, a, skip_self=True, chunk=16)
     assert (d > 0).all() and (i != torch.arange(50)).all()
 
 
@@ -456,8 +551,8 @@ def test_places_that_cannot_be_written_are_refused_at_once(toy, tmp_path):
 
 def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path):
     (tmp_path / "images").mkdir()
-    assert judges.default_sheet(tmp_path) == tmp_path / "closest.png"
-    assert judges.default_sheet(tmp_path / "images") == tmp_path / "images-closest.png"
+    assert memorisation.default_sheet(tmp_path) == tmp_path / "closest.png"
+    assert memorisation.default_sheet(tmp_path / "images") == tmp_path / "images-closest.png"
 
 
 def test_a_strange_size_is_refused(toy):

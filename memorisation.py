@@ -1,0 +1,205 @@
+"""Memorisation: are generated images copies of training images?
+"""
+
+from command import BadInput
+
+import io
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import trange
+
+import data
+import metrics
+from classifier import augment
+from files import replacing
+from inception import Inception
+from pixels import FORMATS
+from tables import interval, print_table, wilson, write_table
+
+FEWEST = 20             # images below which none too close says little: the interval of 0 of 19 ends at 0.17
+DESCRIPTION = 0x010E    # the EXIF tag ImageDescription, in PNG and JPEG alike
+SHEET = "judges.py memorisation: closest pairs"
+
+
+def memorisation(args):
+    """Distances of generated, held-out real and slightly altered training images to the training images.
+
+    "Too close" is our rule: a distance, or its ratio to the training image's distance to its own nearest
+    neighbour, below the 1 % quantile of held-out images. Authentic (Alaa et al.): a ratio above 1.
+    """
+    train = image_records(args.train)
+    total = None if args.held_out else len(train)
+    train, held_out = (train, image_records(args.held_out)) if args.held_out else data.split(train)
+    if len(train) < 2 or len(held_out) < FEWEST:
+        raise BadInput(f"expected at least 2 training images and {FEWEST} held out, got {len(train)} "
+                       f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
+    images, train = data.load_images(train, args.size, total=total)
+    held_out_images, held_out = data.load_images(held_out, args.size, total=total)
+    fake_images, fake = data.load_images(image_records(args.fake), args.size)
+    generator = torch.Generator().manual_seed(args.seed)
+    some = torch.randperm(len(train), generator=generator)[:200]
+    copies = augment(images[some], generator).round().clamp(0, 255).byte()
+    named, embed = thumbnails_or_inception(args)
+    known = features(embed, images, args.device)
+    radius = nearest(known, known, skip_self=True)[0].clamp_min(1e-12)  # training image to its nearest other
+    found = {"generated": nearest(features(embed, fake_images, args.device), known),
+             "held-out real": nearest(features(embed, held_out_images, args.device), known),
+             "altered copies": nearest(features(embed, copies, args.device), known)}
+    encoded = (features(embed, as_jpeg(images[some]), args.device) - known[some]).norm(dim=1)
+    n_same = count_same(found["generated"][0], found["held-out real"][0], encoded)
+    d, i = found["held-out real"]
+    near, near_ratio = d.quantile(0.01), (d / radius[i]).quantile(0.01)
+    if near == 0:
+        raise BadInput(f"{args.held_out or args.train}: expected held-out images other than those to "
+                       "train on, 1 % and more are the same")
+    rows = []
+    for name, (d, i) in found.items():
+        close = (d < near) | (d / radius[i] < near_ratio)
+        low, high = wilson(int(close.sum()), len(close))
+        rows.append({"images": name, "n": len(d), "too close": float(close.float().mean()),
+                     "low": low, "high": high, "authentic": float((d > radius[i]).float().mean()),
+                     "median distance": float(d.median())})
+    conclusion = verdict(*rows, n_same)
+    print(f"{len(train)} training images of {args.train}; {args.size} px; distances of {named}\n")
+    print_table(rows, {"images": "images", "n": "n", "too close": "too close", "95 % interval": interval,
+                       "authentic": "authentic", "median distance": "median distance"})
+    print(f"\ntoo close: nearer to a training image than all but 1 % of held-out ones, below {near:.4g} or "
+          f"below {near_ratio:.4g} times\nthe distance from that training image to its own nearest. "
+          "authentic: farther than once that distance.\n"
+          "altered copies: training images with other light, blur, noise and a pixel's shift, as copies "
+          f"would score.\n\n{conclusion}")
+    d, i = found["generated"]
+    order = torch.minimum(d / near, d / radius[i] / near_ratio).argsort()[:args.pairs].tolist()
+    pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
+              "ratio": float(d[j] / radius[i[j]])} for j in order]
+    sheet = args.sheet or default_sheet(args.fake)
+    if data.can_write(sheet):
+        write_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
+        print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
+    else:
+        print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
+              file=sys.stderr)
+    if args.json:
+        write_table(args.json, {
+            "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
+            "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
+            "near": float(near), "near_ratio": float(near_ratio), "same": n_same, "verdict": conclusion,
+            "flagged": conclusion.startswith("COPIES"), "rows": rows, "pairs": pairs})
+
+
+def count_same(generated, held_out, encoded) -> int:
+    """How many generated images are training images, the same or encoded anew, by their distances (n,).
+
+    The bound is ours: 99 % of training images are no farther than that from themselves as a JPEG, and the
+    nearest held-out image, which is not one of them, is at least twice as far.
+    """
+    return int((generated <= torch.minimum(encoded.quantile(0.99), held_out.min() / 2)).sum())
+
+
+def as_jpeg(images):
+    """uint8 images (n, 3, h, w) as they come back from JPEG files of Pillow's default quality, 75."""
+    out = []
+    for img in images:
+        file = io.BytesIO()
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(file, "JPEG")
+        out.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+    return torch.stack(out)
+
+
+def verdict(generated, real, altered, n_same):
+    """One line from the three rows of the table: the share "too close" with its Wilson interval (ours).
+
+    n_same: generated images that are training images; one is enough, among however many others.
+    """
+    n = generated["n"]
+    if n_same:
+        are = "is a training image" if n_same == 1 else "are training images"
+        return f"COPIES: {n_same} of {n} generated images {are}"
+    if generated["low"] > real["high"]:
+        return "COPIES: more generated images are too close than chance explains"
+    if altered["low"] <= real["high"]:
+        return "cannot tell: not even altered copies stand out in these features"
+    if generated["low"] > real["too close"]:
+        return ("SUSPICIOUS: more generated images are too close than held-out ones; "
+                "too few are held out to be sure")
+    if n < FEWEST:
+        return (f"cannot tell: {n} image{'s' * (n > 1)}, expected at least {FEWEST}; the share that is too "
+                f"close may be anything from {generated['low']:.2f} to {generated['high']:.2f}")
+    return "no sign of copying: about as many generated images are too close as held-out ones"
+
+
+def default_sheet(fake):
+    """closest.png in a data folder; beside a plain folder, where it would be taken for one of its images."""
+    return fake / "closest.png" if (fake / "images").is_dir() else fake.with_name(f"{fake.name}-closest.png")
+
+
+def image_records(folder):
+    """Records, without prompts, of the images of a data folder or of a plain folder."""
+    return [data.Record(path, path.name, []) for path in metrics.image_files(folder)]
+
+
+def thumbnails_or_inception(args):
+    """(name, function uint8 images -> features) of the space of the distances.
+
+    The attribute classifier's features are unsuitable, since they drop what is no attribute: of altered
+    copies of phantoms only 3 % lay nearer than all but 1 % of held-out images in them; in thumbnails all did.
+    """
+    if not args.weights:
+        return "colour thumbnails of 16 x 16 at one brightness and contrast", thumbnails
+    net = Inception(None if args.weights == "published" else args.weights).to(args.device).eval()
+    return f"Inception's 2,048 features, weights {net.source[:12]}", lambda img: net(img)["2048"]
+
+
+def thumbnails(img):
+    """(n, 768) of unit length: the 16 x 16 means of each channel about their common mean (ours)."""
+    x = F.adaptive_avg_pool2d(img.float(), 16).flatten(1)
+    return F.normalize(x - x.mean(1, keepdim=True))
+
+
+@torch.inference_mode()
+def features(embed, images, device, batch_size=64):
+    """(n, d) float32 features of uint8 images."""
+    starts = trange(0, len(images), batch_size, desc="features", delay=2, leave=False)
+    return torch.cat([embed(images[i:i + batch_size].to(device)).float().cpu() for i in starts])
+
+
+def nearest(a, b, skip_self=False, chunk=1024):
+    """(distance, index) of the row of b nearest to each row of a; skip_self: a is b, its own row excluded."""
+    index = []
+    square = (b * b).sum(1)
+    for i in range(0, len(a), chunk):
+        d = square - 2 * a[i:i + chunk] @ b.T                           # |a|^2 would change no order
+        if skip_self:
+            d[range(len(d)), range(i, i + len(d))] = torch.inf
+        index.append(d.argmin(1))
+    index = torch.cat(index)
+    return (a - b[index]).norm(dim=1), index                            # anew: d above rounds small distances
+
+
+def write_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
+    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a number below each."""
+    rows = -(-len(pairs) // columns)
+    sheet = Image.new("RGB", (columns * (2 * side + gap) + gap, rows * (side + line + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (pair, number) in enumerate(zip(pairs, numbers, strict=True)):
+        x, y = gap + k % columns * (2 * side + gap), gap + k // columns * (side + line + gap)
+        for j, img in enumerate(pair):
+            sheet.paste(Image.fromarray(img.permute(1, 2, 0).numpy()).resize((side, side)), (x + j * side, y))
+        pen.text((x, y + side + 1), f"{number:.3g}", fill="black")
+    exif = Image.Exif()
+    exif[DESCRIPTION] = SHEET
+    with replacing(path) as tmp:
+        sheet.save(tmp, exif=exif)
+
+
+def is_sheet(path):
+    """Whether an image file is one that write_pairs wrote."""
+    try:
+        with Image.open(path, formats=FORMATS) as img:
+            return img.getexif().get(DESCRIPTION) == SHEET
+    except Exception:                                                   # anything: it is a decoder
+        return False
