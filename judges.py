@@ -3,8 +3,10 @@
 faithfulness   our attribute classifier (classifier.py), trained on real images, is applied to generated ones
 usefulness     GAN-train and GAN-test (Shmelkov et al. 2018, arXiv:1807.09536, Sec. 3): the same classifier
                trained on generated images and tested on real ones, and the reverse
-memorisation   distance to the nearest training image, of generated and of held-out real images; authenticity
-               is of Alaa et al. 2022 (arXiv:2102.08921), the rule for "too close" and the verdict are ours
+memorisation   copies of training images among the generated (copies.py), each on its own; and the distance to
+               the nearest training image, of generated and of held-out real images: authenticity is of Alaa
+               et al. 2022 (arXiv:2102.08921), the rule for "too close" and the verdict are ours; exit status
+               1 where the verdict is COPIES
 
     python judges.py prompts --out prompts.csv
     python sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv --out out/faithfulness
@@ -43,10 +45,8 @@ from classifier import (
     truth,
     truth_row,
 )
-from duplicates import compare
 from files import check_replaced, is_json_with, replacing
-from memorisation import default_sheet, is_sheet, memorisation
-from pixels import SIDE
+from memorisation import default_sheet, is_sheet, memorisation, repeats
 from tables import interval, print_table, wilson, write_table
 
 JUDGEMENT = {           # keys by which a --json file of each command is known
@@ -185,12 +185,6 @@ def degraded_rows(net, images, labels, trained_on, seed):
             attribute: float((hits & shown)[:, span].sum() / shown[:, span].sum())
             for attribute, span in SLICE.items() if shown[:, span].any()})
     return rows
-
-
-def repeats(images) -> int:
-    """How many of the uint8 images (n, 3, h, w) are near-duplicates of another one before them."""
-    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)[:, 0]
-    return sum(len(group) - 1 for group in compare(grey.byte().numpy()))
 
 
 def real_images(folder, held_out, size):

@@ -1,32 +1,39 @@
 """Memorisation: are generated images copies of training images?
+
+Two questions. Is this image a copy: each generated image on its own is held against all training images, as
+it is, mirrored, turned, shifted and recoloured (copies.py); one with a residual below COPY is named with its
+original. Is the model too near its data: the shares of generated and of held-out real images whose nearest
+training image is too close, which say nothing of one image among thousands.
 """
 
 from command import BadInput
 
-import io
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import trange
 
+import copies
 import data
 import metrics
 from classifier import augment
+from duplicates import compare
 from files import replacing
 from inception import Inception
-from pixels import FORMATS
+from pixels import FORMATS, SIDE
 from tables import interval, print_table, wilson, write_table
 
+COPY = 0.45             # residual of copies.closest below which an image is a copy
+SHOWN = 20              # copies that are named on the screen
 FEWEST = 20             # images below which none too close says little: the interval of 0 of 19 ends at 0.17
 DESCRIPTION = 0x010E    # the EXIF tag ImageDescription, in PNG and JPEG alike
 SHEET = "judges.py memorisation: closest pairs"
 
 
 def memorisation(args):
-    """Distances of generated, held-out real and slightly altered training images to the training images.
+    """Print tables, verdict and sheet; the exit status, 1 where the verdict is COPIES.
 
     "Too close" is our rule: a distance, or its ratio to the training image's distance to its own nearest
     neighbour, below the 1 % quantile of held-out images. Authentic (Alaa et al.): a ratio above 1.
@@ -40,17 +47,7 @@ def memorisation(args):
     images, train = data.load_images(train, args.size, total=total)
     held_out_images, held_out = data.load_images(held_out, args.size, total=total)
     fake_images, fake = data.load_images(image_records(args.fake), args.size)
-    generator = torch.Generator().manual_seed(args.seed)
-    some = torch.randperm(len(train), generator=generator)[:200]
-    copies = augment(images[some], generator).round().clamp(0, 255).byte()
-    named, embed = thumbnails_or_inception(args)
-    known = features(embed, images, args.device)
-    radius = nearest(known, known, skip_self=True)[0].clamp_min(1e-12)  # training image to its nearest other
-    found = {"generated": nearest(features(embed, fake_images, args.device), known),
-             "held-out real": nearest(features(embed, held_out_images, args.device), known),
-             "altered copies": nearest(features(embed, copies, args.device), known)}
-    encoded = (features(embed, as_jpeg(images[some]), args.device) - known[some]).norm(dim=1)
-    n_same = count_same(found["generated"][0], found["held-out real"][0], encoded)
+    named, found, radius = distances(images, held_out_images, fake_images, args)
     d, i = found["held-out real"]
     near, near_ratio = d.quantile(0.01), (d / radius[i]).quantile(0.01)
     if near == 0:
@@ -63,62 +60,97 @@ def memorisation(args):
         rows.append({"images": name, "n": len(d), "too close": float(close.float().mean()),
                      "low": low, "high": high, "authentic": float((d > radius[i]).float().mean()),
                      "median distance": float(d.median())})
-    conclusion = verdict(*rows, n_same)
+    copied, copied_pairs = copies_among(fake_images, fake, images, train, args.device)
+    alarms, _ = copies_among(held_out_images, held_out, images, train, args.device)
+    conclusion = verdict(*rows, len(copied))
     print(f"{len(train)} training images of {args.train}; {args.size} px; distances of {named}\n")
-    print_table(rows, {"images": "images", "n": "n", "too close": "too close", "95 % interval": interval,
-                       "authentic": "authentic", "median distance": "median distance"})
-    print(f"\ntoo close: nearer to a training image than all but 1 % of held-out ones, below {near:.4g} or "
-          f"below {near_ratio:.4g} times\nthe distance from that training image to its own nearest. "
-          "authentic: farther than once that distance.\n"
-          "altered copies: training images with other light, blur, noise and a pixel's shift, as copies "
-          f"would score.\n\n{conclusion}")
+    print_memorisation(rows, near, near_ratio, copied, alarms, conclusion)
     d, i = found["generated"]
     order = torch.minimum(d / near, d / radius[i] / near_ratio).argsort()[:args.pairs].tolist()
     pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
               "ratio": float(d[j] / radius[i[j]])} for j in order]
     sheet = args.sheet or default_sheet(args.fake)
     if data.can_write(sheet):
-        write_pairs(sheet, [(fake_images[j], images[i[j]]) for j in order], [p["ratio"] for p in pairs])
-        print(f"the {len(pairs)} closest pairs, generated left, training right: {sheet}")
+        shown = [*copied_pairs, *((fake_images[j], images[i[j]]) for j in order)][:args.pairs]
+        numbers = [*(c["residual"] for c in copied), *(p["ratio"] for p in pairs)][:args.pairs]
+        write_pairs(sheet, shown, numbers)
+        print(f"{len(shown)} pairs, copies first, then the closest, generated left, training right: {sheet}")
     else:
         print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
               file=sys.stderr)
+    flagged = conclusion.startswith("COPIES")
     if args.json:
         write_table(args.json, {
             "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
             "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
-            "near": float(near), "near_ratio": float(near_ratio), "same": n_same, "verdict": conclusion,
-            "flagged": conclusion.startswith("COPIES"), "rows": rows, "pairs": pairs})
+            "near": float(near), "near_ratio": float(near_ratio), "copy": COPY, "copies": copied,
+            "held_out_alarms": alarms, "verdict": conclusion, "flagged": flagged, "rows": rows,
+            "pairs": pairs})
+    return int(flagged)
 
 
-def count_same(generated, held_out, encoded) -> int:
-    """How many generated images are training images, the same or encoded anew, by their distances (n,).
-
-    The bound is ours: 99 % of training images are no farther than that from themselves as a JPEG, and the
-    nearest held-out image, which is not one of them, is at least twice as far.
-    """
-    return int((generated <= torch.minimum(encoded.quantile(0.99), held_out.min() / 2)).sum())
-
-
-def as_jpeg(images):
-    """uint8 images (n, 3, h, w) as they come back from JPEG files of Pillow's default quality, 75."""
-    out = []
-    for img in images:
-        file = io.BytesIO()
-        Image.fromarray(img.permute(1, 2, 0).numpy()).save(file, "JPEG")
-        out.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
-    return torch.stack(out)
+def distances(images, held_out, fake, args):
+    """(name of the features, {images: (distance, index) of the nearest training image}, of each training
+    image the distance to its nearest other)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    some = torch.randperm(len(images), generator=generator)[:200]
+    altered = augment(images[some], generator).round().clamp(0, 255).byte()
+    named, embed = thumbnails_or_inception(args)
+    known = features(embed, images, args.device)
+    radius = nearest(known, known, skip_self=True)[0].clamp_min(1e-12)
+    kinds = {"generated": fake, "held-out real": held_out, "altered copies": altered}
+    return named, {name: nearest(features(embed, x, args.device), known) for name, x in kinds.items()}, radius
 
 
-def verdict(generated, real, altered, n_same):
+def copies_among(images, records, originals, train, device):
+    """(a dict for each of the images that is a copy, closest first, the pairs of images themselves)."""
+    residual, index, form, shift = copies.closest(images, originals, device)
+    found, pairs = [], []
+    for j in residual.argsort()[:(residual < COPY).sum()].tolist():
+        pair = images[j], originals[index[j]]
+        found.append({"image": records[j].name, "training": train[index[j]].name,
+                      "form": copies.FORMS[form[j]], "shift": shift[j].tolist(),
+                      "residual": float(residual[j]), "near_duplicate": repeats(torch.stack(pair)) > 0})
+        pairs.append(pair)
+    return found, pairs
+
+
+def repeats(images) -> int:
+    """How many of the uint8 images (n, 3, h, w) are near-duplicates of another one before them."""
+    grey = F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), SIDE)[:, 0]
+    return sum(len(group) - 1 for group in compare(grey.byte().numpy()))
+
+
+def print_memorisation(rows, near, near_ratio, copied, alarms, conclusion):
+    print_table(rows, {"images": "images", "n": "n", "too close": "too close", "95 % interval": interval,
+                       "authentic": "authentic", "median distance": "median distance"})
+    n_frames = sum(a["near_duplicate"] for a in alarms)
+    print(f"\ntoo close: nearer to a training image than all but 1 % of held-out ones, below {near:.4g} or "
+          f"below {near_ratio:.4g} times\nthe distance from that training image to its own nearest. "
+          "authentic: farther than once that distance.\n"
+          "altered copies: training images with other light, blur, noise and a pixel's shift, as copies "
+          "would score.\n\n"
+          f"each image on its own, copies (residual below {COPY}): {len(copied)} of {rows[0]['n']} generated "
+          f"ones; of {rows[1]['n']} held-out real ones\n{n_frames} near-duplicates of a training image, as "
+          f"frames of one clip are, and {len(alarms) - n_frames} others, which are false alarms")
+    for c in copied[:SHOWN]:
+        down, right = c["shift"]
+        print(f"    {c['image']}: {c['training']} {c['form']}, shifted by {down}, {right} of 64 (down, "
+              f"right), residual {c['residual']:.3f}")
+    if len(copied) > SHOWN:
+        print(f"    and {len(copied) - SHOWN} more, all of them in the file of --json")
+    print(f"\n{conclusion}")
+
+
+def verdict(generated, real, altered, n_copies):
     """One line from the three rows of the table: the share "too close" with its Wilson interval (ours).
 
-    n_same: generated images that are training images; one is enough, among however many others.
+    n_copies: generated images that are copies, each on its own; one is enough, among however many others.
     """
     n = generated["n"]
-    if n_same:
-        are = "is a training image" if n_same == 1 else "are training images"
-        return f"COPIES: {n_same} of {n} generated images {are}"
+    if n_copies:
+        are = "is a training image" if n_copies == 1 else "are training images"
+        return f"COPIES: {n_copies} of {n} generated images {are}"
     if generated["low"] > real["high"]:
         return "COPIES: more generated images are too close than chance explains"
     if altered["low"] <= real["high"]:

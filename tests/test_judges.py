@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 import classifier
 import data
@@ -66,7 +66,7 @@ def toy(tmp_path_factory):
 def run(command, **flags):
     flags = {"size": SIDE, "device": "cpu"} | ({} if command == "memorisation" else {"steps": 40}) | flags
     given = [str(x) for name, value in flags.items() for x in ("--" + name.replace("_", "-"), value)]
-    judges.main([command, *given])
+    return judges.main([command, *given])
 
 
 def faithfulness(toy, fake):
@@ -436,9 +436,10 @@ def copies(toy):
     return toy / "copies"
 
 
-def remembered(toy, fake, **more):
-    run("memorisation", train=toy / "real", held_out=toy / "other", fake=fake, sheet=toy / "sheet.png",
-        json=toy / "memory.json", **more)
+def remembered(toy, fake, expect=None, **more):
+    status = run("memorisation", train=toy / "real", held_out=toy / "other", fake=fake,
+                 sheet=toy / "sheet.png", json=toy / "memory.json", **more)
+    assert expect in (None, status)
     return json.loads((toy / "memory.json").read_text())
 
 
@@ -448,32 +449,46 @@ def test_copies_are_flagged_and_other_images_are_not(toy, copies, capsys):
     assert all(p["generated"] == p["training"] for p in found["pairs"][:5])
     assert "COPIES" in capsys.readouterr().out
     assert Image.open(toy / "sheet.png").size[0] > 4 * 2 * 128
-    honest = remembered(toy, toy / "fake")
+    honest = remembered(toy, toy / "fake", expect=0)
+    assert not honest["copies"] and not honest["held_out_alarms"]
     assert not honest["flagged"] and honest["rows"][0]["authentic"] > found["rows"][0]["authentic"]
 
 
-def test_a_few_copies_among_many_are_not_called_honest(toy, copies):
+def test_a_few_copies_among_many_are_named(toy, copies):
     mixed = toy / "mixed" / "images"
     for i, record in enumerate(data.read_folder(toy / "fake")):
         data.write_image(mixed / f"{i:03d}.png", data.open_image(record.path))
     for name in sorted(p.name for p in (copies / "images").iterdir())[:6]:
         data.write_image(mixed / f"copy-{name}", data.open_image(copies / "images" / name))
     found = remembered(toy, toy / "mixed")  # a folder without captions will do
-    assert found["verdict"].startswith("SUSPICIOUS") and not found["flagged"]
+    assert found["verdict"].startswith("COPIES: ") and len(found["copies"]) >= 5
+    assert all(c["image"] == f"copy-{c['training']}" for c in found["copies"])
 
 
-@pytest.mark.parametrize("kind", ["the same", "a JPEG"])
-def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, kind):
+CHANGES = {"as it is": lambda img: img, "mirrored": ImageOps.mirror,
+           "mirrored, turned by 90": lambda img: ImageOps.mirror(img.rotate(90)),
+           "turned by 180": lambda img: img.rotate(180),
+           "shifted": lambda img: ImageChops.offset(img, 3, -2),
+           "recoloured": lambda img: Image.merge("RGB", [c.point(lambda v, k=k: v * k + 12) for c, k in
+                                                        zip(img.split(), (0.7, 0.9, 0.8), strict=True)]),
+           "a JPEG": lambda img: img}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, capsys, change):
     (tmp_path / "fake").mkdir()
-    for source, n in (("fake", 22), ("real", 2)):
-        for record in data.read_folder(toy / source)[:n]:
-            place = tmp_path / "fake" / f"{source}-{record.path.stem}"
-            if kind == "a JPEG" and source == "real":
-                data.open_image(record.path).save(place.with_suffix(".jpg"), quality=90)
-            else:
-                place.with_suffix(".png").write_bytes(record.path.read_bytes())
-    found = remembered(toy, tmp_path / "fake")
-    assert found["flagged"] and found["verdict"] == "COPIES: 2 of 24 generated images are training images"
+    for record in data.read_folder(toy / "fake")[:29]:
+        (tmp_path / "fake" / record.name).write_bytes(record.path.read_bytes())
+    original = data.read_folder(toy / "real")[7]
+    copy = tmp_path / "fake" / ("copy.jpg" if change == "a JPEG" else "copy.png")
+    CHANGES[change](data.open_image(original.path)).save(copy, quality=90)
+    found = remembered(toy, tmp_path / "fake", expect=1)
+    assert found["flagged"] and found["verdict"] == "COPIES: 1 of 30 generated images is a training image"
+    [named] = found["copies"]
+    assert (named["image"], named["training"]) == (copy.name, original.name)
+    assert named["form"] == (change if "turned" in change or "mirrored" in change else "as it is")
+    assert named["shift"] == ([4, -6] if change == "shifted" else [0, 0])  # in 64ths: the images have 32 px
+    assert f"{copy.name}: {original.name} {named['form']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [1, 19])
