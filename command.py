@@ -1,6 +1,7 @@
 """What every command shares: bad input, exit status, device, checks of flags.
 
-A command ends with status 0, 1 for a verdict (data.py check), 2 with one line for bad input, 130 for Ctrl-C.
+A command ends with status 0, 1 for a verdict (data.py check, judges.py memorisation), 2 with one line for bad
+input, 130 for Ctrl-C.
 """
 
 import errno
