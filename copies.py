@@ -4,8 +4,9 @@ Images are compared at 64 x 64 px, by the middle 48 x 48 of the one, in its 8 mi
 place of the other. What counts is detail between 3 and 9 px: brightness that varies slowly is alike in all of
 endoscopy, and noise is not copied. At the best alignment, a gain for each colour channel is fitted (an offset
 does not survive the filter). The residual of a block of 12 x 12 px is the root of the share of its detail's
-energy that the fit leaves unexplained, that of the image the median of its blocks with detail: 0 for the same
-image, about 1 for an unrelated one. A copy matches everywhere, two polyps at one place in one block or two.
+energy that the fit leaves unexplained, that of the image what three quarters of its blocks with detail are
+within: 0 for the same image, about 1 for an unrelated one. A copy matches everywhere, two polyps at one place
+in a few blocks.
 Where either image is nearly black, as in the bars beside a wide image, nothing is compared.
 
 All pairs would take hours. Of each image only the SHORTLIST most similar originals are aligned to the pixel,
@@ -25,7 +26,7 @@ PLACES = 2 * REACH // STRIDE + 1                    # of a window, along a side
 FINE, COARSE = 3, 9                                 # px, between which detail counts
 SHORTLIST = 4
 BLACK, DETAIL = 16, 1.5                             # grey levels; a block with less detail is not compared
-BLOCK = 12                                          # px
+BLOCK, PART = 12, 0.75                              # px; share of the blocks within the residual
 FORMS = [f"{mirrored}{turn}" or "as it is" for turn in ("", "turned by 90", "turned by 180", "turned by 270")
          for mirrored in ("", "mirrored" + (", " if turn else ""))]
 
@@ -132,7 +133,7 @@ def align(x, y, place):
     energy = torch.maximum(of_x, of_y)                                     # (k, blocks), mean square
     share = torch.where(energy > DETAIL**2, left / energy.clamp_min(1e-6), torch.nan)
     enough = share.isfinite().sum(1) >= share.shape[1] // 4
-    return torch.where(enough, share.nanmedian(1).values.clamp(0, 1).sqrt(), 1.0), corner - REACH
+    return torch.where(enough, share.nanquantile(PART, dim=1).clamp(0, 1).sqrt(), 1.0), corner - REACH
 
 
 def cut(x, corner, side):

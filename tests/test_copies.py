@@ -32,8 +32,8 @@ def change(img, kind):
 
 @pytest.mark.parametrize("kind", [*copies.FORMS, "shifted", "recoloured"])
 def test_one_copy_among_a_thousand_is_found_with_its_original(kind):
-    images, originals = scenes(1000, 0), scenes(20, 1)
-    images[617] = change(originals[13], kind)
+    images, originals = scenes(1000, 0), scenes(8, 1)
+    images[617] = change(originals[5], kind)
     if kind == "as it is":                                  # the thousand are the same in every case
         residual, index, form, shift = copies.closest(images, originals)
         assert (residual < COPY).nonzero().tolist() == [[617]] and residual[617] < 0.05
@@ -41,7 +41,7 @@ def test_one_copy_among_a_thousand_is_found_with_its_original(kind):
         residual, index, form, shift = copies.closest(images[610:620], originals)
         assert (residual < COPY).nonzero().tolist() == [[7]]
     k = 617 if kind == "as it is" else 7
-    assert index[k] == 13
+    assert index[k] == 5
     inverse = {"turned by 90": "turned by 270", "turned by 270": "turned by 90"}.get(kind, kind)
     assert copies.FORMS[form[k]] == (inverse if kind in copies.FORMS else "as it is")
     assert shift[k].tolist() == ([5, -7] if kind == "shifted" else [0, 0])

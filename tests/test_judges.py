@@ -450,7 +450,7 @@ def test_copies_are_flagged_and_other_images_are_not(toy, copies, capsys):
     assert "COPIES" in capsys.readouterr().out
     assert Image.open(toy / "sheet.png").size[0] > 4 * 2 * 128
     honest = remembered(toy, toy / "fake", expect=0)
-    assert not honest["copies"] and not honest["held_out_alarms"]
+    assert not honest["copies"] and not honest["held_out_near_duplicates"]
     assert not honest["flagged"] and honest["rows"][0]["authentic"] > found["rows"][0]["authentic"]
 
 
@@ -491,6 +491,12 @@ def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, capsys, c
     assert f"{copy.name}: {original.name} {named['form']}" in capsys.readouterr().out
 
 
+def test_near_duplicates_that_are_held_out_are_counted_apart(toy):
+    images, _ = data.load_images(data.read_folder(toy / "real")[:60], SIDE)
+    limit, frames, alarms = memorisation.copy_limit(torch.cat([images[40:], images[3:4]]), images[:40], "cpu")
+    assert frames == [20] and not alarms and 0.4 < limit <= memorisation.COPY
+
+
 @pytest.mark.parametrize("n", [1, 19])
 def test_few_images_cannot_tell(toy, tmp_path, n):
     (tmp_path / "fake").mkdir()
@@ -517,10 +523,10 @@ def test_inception_features_can_stand_in(toy, copies, monkeypatch):
     assert "rule" in found["features"] and math.isfinite(found["near"])
 
 
-def test_features_without_power_say_so(toy, copies, monkeypatch):
+def test_features_without_power_say_so(toy, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     monkeypatch.setattr(memorisation, "thumbnails", lambda img: torch.rand(len(img), 4, generator=generator))
-    found = remembered(toy, copies)
+    found = remembered(toy, toy / "fake")
     assert not found["flagged"] and "cannot tell" in found["verdict"]
 
 
