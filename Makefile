@@ -11,6 +11,7 @@ PY       := .venv/bin/python
 PHANTOM  := data/phantom/prompt-gt.csv
 SMALL    := data/phantom-small/prompt-gt.csv
 OTHERS   := data/phantom-others/prompt-gt.csv
+JUDGED   := data/phantom-judge/prompt-gt.csv
 INSTALL  := .venv/installed
 OUT_MSDM := $${OUT:-runs/msdm}
 OUT22    := $${OUT:-runs/kandinsky22}
@@ -37,6 +38,10 @@ $(SMALL): | $(INSTALL)
 
 $(OTHERS): | $(INSTALL)
 	$(PY) phantom.py --out data/phantom-others --n 6000 --size 64 --seed 1
+
+# For a judge: it can tell three polyps only if it has seen four.
+$(JUDGED): | $(INSTALL)
+	$(PY) phantom.py --out data/phantom-judge --n 6000 --size 64 --seed 1 --max-polyps 8
 
 phantom: $(PHANTOM)  ## render the built-in data: 8,000 phantoms
 
@@ -158,9 +163,9 @@ try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky
 SPACE  = $${FEATURES:+--features "$$FEATURES"} $${WEIGHTS:+--weights "$$WEIGHTS"} $(FLAGS)
 LENGTH = $${STEPS:+--steps "$$STEPS"}
 
-ablation: $(INSTALL) $(if $(DATA),,$(PHANTOM) $(OTHERS))  ## MSDM's ablations, three seeds: hours on a CPU, in the background
+ablation: $(INSTALL) $(if $(DATA),,$(PHANTOM) $(OTHERS) $(JUDGED))  ## MSDM's ablations, three seeds: hours on a CPU, in the background
 	$(PY) experiments.py ablation --preset "$$PRESET" --data "$${DATA:-data/phantom}" --real "$${REAL:-$${DATA:-data/phantom-others}}" \
-	  --out "$${OUT:-runs/ablation}" $${VAE:+--vae "$$VAE"} $(LENGTH) $(SPACE)
+	  $(if $(DATA),,--judge data/phantom-judge) --out "$${OUT:-runs/ablation}" $${VAE:+--vae "$$VAE"} $(LENGTH) $(SPACE)
 
 TINY_TABLE = $(if $(PRIOR),,--steps 50 --training="--size 64 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 25" \
   --sampling="--size 64 --steps 10 --solver dpmpp")
@@ -206,7 +211,7 @@ bench: $(INSTALL)  ## speed and memory of networks, trainings, sampling and metr
 	$(PY) tests/bench.py
 
 clean:  ## remove the built-in data and caches, but no run, no image and not the installation
-	rm -rf data/phantom data/phantom-small data/phantom-others .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf data/phantom data/phantom-small data/phantom-others data/phantom-judge .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
   ablation table1 table2 table3 submission \

@@ -32,7 +32,7 @@ def test_preset_reaches_both_trainings(given, preset):
 def test_the_experiments_run_on_built_in_data_unless_values_are_given():
     said = made_commands("ablation")
     assert said[-1] == ("experiments.py ablation --preset tiny --data data/phantom --real "
-                        "data/phantom-others --out runs/ablation")
+                        "data/phantom-others --judge data/phantom-judge --out runs/ablation")
     said = made_commands("ablation", "DATA=some $folder", "PRESET=paper", "STEPS=20", "FLAGS=--seeds 2")
     assert said == ["experiments.py ablation --preset paper --data some $folder --real some $folder --out "
                     "runs/ablation --steps 20 --seeds 2"]
