@@ -18,7 +18,15 @@ from tqdm import trange
 
 import data
 import prompts
-from files import file_hash, load_metadata, load_safetensors, save_safetensors, text_hash
+from files import (
+    file_hash,
+    json_line,
+    load_metadata,
+    load_safetensors,
+    read_text,
+    save_safetensors,
+    text_hash,
+)
 from weights import load_state
 
 # What is judged. Of a "categorical" attribute exactly one value holds for an image, of a "multilabel" one any
@@ -151,10 +159,10 @@ def read_attributes(folder):
     if not path.is_file():
         return None
     lines = {}
-    for i, text in enumerate(data.read_text(path).split("\n"), 1):
+    for i, text in enumerate(read_text(path).split("\n"), 1):
         if not text.strip():
             continue
-        line = data.json_line(path, i, text)
+        line = json_line(path, i, text)
         try:
             from_line(line)
             lines[line["file_name"]] = line

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import prompts as grammar
 from duplicates import near_duplicates, seen
-from files import replacing, text_hash
+from files import json_line, read_text, replacing, text_hash
 from pixels import batches as batches
 from pixels import in_parallel, note, open_image, preprocess
 from pixels import read_ahead as read_ahead
@@ -167,13 +167,6 @@ def captions_file(folder, captions=None):
     return found[0]
 
 
-def read_text(path):
-    try:
-        return path.read_text(encoding="utf-8-sig")         # utf-8-sig drops a byte order mark
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
 def csv_rows(path, *columns):
     """(row number, [field of each column]) of every nonempty row. Row 1 is the header.
 
@@ -275,20 +268,6 @@ def read_jsonl(path):
             raise BadInput(f'{path}, row {i}: expected {{"file_name": "...", "text": "..."}}, '
                            f"got {line.strip()[:80]}")
         yield i, name, [prompt.strip() for prompt in prompts]
-
-
-def json_line(path, row, text):
-    """The value of one line of a .jsonl file; BadInput for what is not JSON or has a key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=once_each)
-    except (ValueError, RecursionError) as error:           # ValueError: also a number of thousands of digits
-        raise BadInput(f"{path}, row {row}: not JSON ({error})") from None
-
-
-def once_each(pairs):
-    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands there twice")
-    return dict(pairs)
 
 
 # Images

@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -119,6 +120,29 @@ def read_json(path):
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object in braces, got a {type(value).__name__}")
     return value
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark; BadInput for other bytes."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def json_line(path, row, text):
+    """The value of one line, of number row from 1, of a .jsonl file; BadInput if it is not JSON or has a key
+    twice."""
+    try:
+        return json.loads(text, object_pairs_hook=once_each)
+    except (ValueError, RecursionError) as error:           # ValueError: also a number of thousands of digits
+        raise BadInput(f"{path}, row {row}: not JSON ({error})") from None
+
+
+def once_each(pairs):
+    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands there twice")
+    return dict(pairs)
 
 
 def write_json(path, value):

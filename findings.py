@@ -14,6 +14,7 @@ from pathlib import Path
 import adapters
 import data
 from files import file_hash, read_json
+from runfolder import read_log
 
 KEYS = {  # by which a file of results is known
     "metrics": ("fid", "protocol", "n_fake"),
@@ -59,10 +60,13 @@ def gather(run, samples=None, metrics=(), faithfulness=None, memorisation=None) 
     """What lies in the run's folder, what is named here, and what can be found of the rest."""
     run = Path(run)
     config = read_config(run)
-    log, note = read_log(run / "metrics.jsonl")
+    log, unfinished = read_log(run)
     sheets = sorted((p for p in run.glob("samples/*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
     found = Found(run, kind_of_run(config["settings"]), config, log, sheets)
-    found.failures += [note] if note else []
+    if not (run / "metrics.jsonl").is_file():
+        found.failures.append(f"{run / 'metrics.jsonl'} is not there: the run ended before its first line")
+    if unfinished:
+        found.failures.append(f"{run / 'metrics.jsonl'}, row {unfinished}: unfinished, left out")
     weights = hashes_of(run)
     folders = [read_samples(samples, weights)] if samples else find_samples(run, weights)
     found.samples = next(iter(folders), None)
@@ -93,28 +97,6 @@ def kind_of_run(settings):
     if "kl_weight" in settings:
         return "vae"
     return f"adapter of {settings.get('network')}" if "rank" in settings else "msdm"
-
-
-def read_log(path):
-    """(lines, note) of metrics.jsonl: dicts with "step"; note: of a last line that a kill left unfinished."""
-    if not path.is_file():
-        return [], f"{path} is not there: the run ended before its first line"
-    lines, rows = [], data.read_text(path).split("\n")
-    for i, text in enumerate(rows, 1):
-        if not text.strip():
-            continue
-        way_out = "; take the line out, or put the file back from a copy"
-        try:
-            line = data.json_line(path, i, text)
-        except BadInput as error:
-            if i == len(rows):                              # without a line break: it was being written
-                return lines, f"{path}, row {i}: unfinished, left out"
-            raise BadInput(f"{error}{way_out}") from None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not is_number(line["step"]):
-            expected = '{"step": 50, "loss": 0.5, ...}'
-            raise BadInput(f"{path}, row {i}: expected {expected}, got {text[:80]}{way_out}")
-        lines.append(line)
-    return lines, None
 
 
 def hashes_of(run):

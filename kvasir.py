@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 import prompts
-from files import read_json, replacing
+from files import json_line, read_json, read_text, replacing
 from pixels import FORMATS, orientation
 
 SPECK = 0.0005  # share of the image: smaller components are JPEG noise, of 1e-5; polyps have at least 1.6e-3
@@ -243,9 +243,9 @@ def table_rows(table):
     if table.suffix == ".csv":
         yield from (fields for _, fields in data.csv_rows(table, *(((c,), True) for c in columns)))
         return
-    for i, line in enumerate(data.read_text(table).split("\n"), 1):
+    for i, line in enumerate(read_text(table).split("\n"), 1):
         if line.strip():
-            row = data.json_line(table, i, line)
+            row = json_line(table, i, line)
             if not isinstance(row, dict) or not all(isinstance(row.get(c), str | int) for c in columns):
                 raise BadInput(f'{table}, row {i}: expected {{"img_id": "...", "question": "...", "answer": '
                                f'"..."}}, got {line.strip()[:80]}')

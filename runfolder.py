@@ -23,8 +23,10 @@ import numpy as np
 import torch
 
 from files import (
+    json_line,
     load_metadata,
     read_json,
+    read_text,
     remove_unfinished,
     replacing,
     save_safetensors,
@@ -190,12 +192,13 @@ class Run:
 
         weights: tensors by name, filled in place. Lines of metrics.jsonl after that step are dropped, because
         the resumed run writes them again. BadInput if the state is lost or broken: the run would begin anew
-        over its checkpoints.
+        over its checkpoints; and if the log is, which would be written anew without what was in it.
         """
         with self.world.together():
+            lines = self.lines()
             if self.state_file.exists():
                 step = self._fill(weights, opt, ema)
-            elif self.whole() or any(line.get("step") and "val_loss" in line for line in self.lines()):
+            elif self.whole() or any(line.get("step") and "val_loss" in line for line in lines):
                 raise BadInput(f"{self.state_file}: no such file, without it this run would begin again at "
                                f"step 0{self._way_out()}")
             else:
@@ -209,7 +212,7 @@ class Run:
         if self.world.is_main:
             write_json(self.folder / "config.json", self.config)
             self._tell_broken()
-            kept = [line for line in self.lines() if line.get("step", 0) <= step]
+            kept = [line for line in lines if line["step"] <= step]
             if kept or (self.folder / "metrics.jsonl").exists():
                 with replacing(self.folder / "metrics.jsonl") as tmp:
                     tmp.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -289,17 +292,33 @@ class Run:
 
     def lines(self):
         """The lines of metrics.jsonl as dicts, see read_log."""
-        return read_log(self.folder)
+        return read_log(self.folder)[0]
 
 
 def read_log(folder):
-    """The lines of metrics.jsonl in a run folder as dicts, without one that a kill left unfinished."""
+    """(the lines of metrics.jsonl in a run folder, unfinished): dicts, each with its "step", from 0.
+
+    unfinished: the number of a last line that a kill left unfinished, which is left out; else None. No file
+    is no line. BadInput for any other line that is damaged.
+    """
     path, lines = Path(folder) / "metrics.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+    rows = read_text(path).split("\n") if path.exists() else []
+    for i, text in enumerate(rows, 1):
+        if not text.strip():
+            continue
+        way_out = "; take the line out, or put the file back from a copy"
+        try:
+            line = json_line(path, i, text)
+        except BadInput as error:
+            if i == len(rows):  # without a line break: it was being written
+                return lines, i
+            raise BadInput(f"{error}{way_out}") from None
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is not int or not 0 <= step < 2**63:
+            expected = '{"step": 50, "loss": 0.5, ...}'
+            raise BadInput(f"{path}, row {i}: expected {expected}, got {text[:80]}{way_out}")
+        lines.append(line)
+    return lines, None
 
 
 def check_savable(what, tensors):

@@ -105,7 +105,7 @@ def results(folders):
 
 def validation(run_folder):
     """The validation line of metrics.jsonl after step 0 with the lowest loss: that of the best checkpoint."""
-    held_out = [line for line in read_log(run_folder) if "val_loss" in line and line["step"]]
+    held_out = [line for line in read_log(run_folder)[0] if "val_loss" in line and line["step"]]
     if not held_out:
         raise BadInput(f"{run_folder}/metrics.jsonl: no line with val_loss, expected one a checkpoint")
     return min(held_out, key=lambda line: line["val_loss"])

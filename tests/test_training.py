@@ -106,6 +106,19 @@ def test_a_resumed_log_has_no_doubled_and_no_cut_lines(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["loss"] == 0.4
 
 
+@pytest.mark.parametrize("damaged", ['{"step": 1, "lo', '{"loss": 0.5}', '{"step": true}', "[]"])
+def test_a_run_does_not_go_on_over_a_log_that_is_damaged(tmp_path, damaged):
+    p = {"p": torch.nn.Parameter(torch.ones(1))}
+    opt = optim.Optimizers(p, 1.0)
+    training.Run(tmp_path, {}, "data", ranks()).save_progress(2, p, opt)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(f'{damaged}\n{{"step": 2, "loss": 0.4}}\n')
+    text = log.read_text()
+    with pytest.raises(BadInput, match="metrics.jsonl, row 1: .*take the line out"):
+        training.Run(tmp_path, {}, "data", ranks()).restore(p, opt)
+    assert log.read_text() == text
+
+
 def test_another_end_of_the_falling_rate_is_said(tmp_path, capsys):
     for steps, said in ((5, ""), (5, ""), (9, "falls to zero at step 9 from here on, before at step 5")):
         training.Run(tmp_path, {"cosine": True, "steps": steps}, "data", ranks())

@@ -180,7 +180,7 @@ def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_w
     rows = rows_of(tmp_path / "a/ablation.md")
     for arm in ("baseline", "paraphrases-replace"):
         cell = tmp_path / "a/seed-0" / arm
-        line = min((x for x in runfolder.read_log(cell / "run") if "val_loss" in x),
+        line = min((x for x in runfolder.read_log(cell / "run")[0] if "val_loss" in x),
                    key=lambda x: x["val_loss"])
         found = json.loads((cell / "metrics.json").read_text())
         figures = [line["val_loss"], line["val_loss_paraphrases"]]
@@ -211,7 +211,7 @@ def test_tables_1_and_2_go_on_where_they_were_and_hold_what_their_runs_hold(made
     rows = rows_of(tmp_path / "one/table1.md")
     for cell in ("rank-4", "rank-128", "dora"):
         run = tmp_path / "one" / cell / "run"
-        lowest = min(x["val_loss"] for x in runfolder.read_log(run) if "val_loss" in x and x["step"])
+        lowest = min(x["val_loss"] for x in runfolder.read_log(run)[0] if "val_loss" in x and x["step"])
         tensors, _ = load_safetensors(run / "best/adapter_model.safetensors")
         assert rows[cell][2:4] == [f"{sum(x.numel() for x in tensors.values()):,}", f"{lowest:.4f}"]
     assert rows["dora"][0] == "32" and rows["rank-128"][4:] == ["-", "-", "-"]
