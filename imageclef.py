@@ -8,12 +8,11 @@ description leaves a choice, the function says which is ours.
 
 from command import BadInput
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 import data
+import wording
 from distances import as_features, fid, mean_interval
 
 ENCODER = "ikim-uk-essen/BiomedCLIP_ViT_patch16_224"
@@ -75,22 +74,6 @@ def evaluate(real, fake, groups, resamples=0) -> dict:
 # Which images belong to which prompt
 
 
-def read_pairs(file) -> list[tuple[str, str]]:
-    """(prompt, paraphrase) of every row of a csv file with these two columns."""
-    file, columns = Path(file), ((("prompt",), True), (("paraphrase",), True))
-    if not file.is_file():
-        raise BadInput(f"{file}: no such file, expected a csv of Prompt,Paraphrase")
-    pairs = []
-    for row, pair in data.csv_rows(file, *columns):
-        if not all(pair) or pair[0] == pair[1]:
-            raise BadInput(f"{file}, row {row}: expected a prompt and another wording of it, "
-                           f"got {pair!r:.100}")
-        pairs.append(tuple(pair))
-    if not pairs:
-        raise BadInput(f"{file}: no rows, expected a prompt and its paraphrase in each")
-    return list(dict.fromkeys(pairs))
-
-
 def rows_by_prompt(folder, paths) -> dict:
     """{prompt: rows of paths} by the captions of a data folder; an image may have several prompts."""
     row, out = {p.name: i for i, p in enumerate(paths)}, {}
@@ -106,7 +89,9 @@ def read_groups(pairs_file, real, real_paths, fake, fake_paths):
     real, fake: data folders. Real images of a prompt are those whose captions name it or a wording that the
     pairs couple with it. BadInput unless both prompts of some pair have images, and some prompt real ones.
     """
-    pairs = read_pairs(pairs_file)
+    pairs = [(a, b) for a, b in wording.read_pairs("--pairs", pairs_file) if a != b]
+    if not pairs:
+        raise BadInput(f"--pairs {pairs_file}: every row repeats its prompt, expected other words for it")
     fakes, reals = rows_by_prompt(fake, fake_paths), rows_by_prompt(real, real_paths)
     if nameless := sorted({*range(len(fake_paths))} - {i for rows in fakes.values() for i in rows}):
         raise BadInput(f"{fake_paths[nameless[0]]}: has no prompt in the captions of {fake}; expected a "

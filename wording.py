@@ -74,7 +74,7 @@ def read(args):
         raise BadInput(f"--mix-p {args.mix_p:g}: expected --strategy mix with it, which alone draws by it")
     check_range(args, 0, 1, "mix_p")
     source = Path(args.paraphrases or data.captions_file(args.data, args.captions))
-    found = read_paraphrases(source) if args.paraphrases else column(source)
+    found = by_prompt(read_pairs("--paraphrases", source) if args.paraphrases else column(source))
     if args.strategy and not found:
         raise BadInput(f"--strategy {args.strategy}: no paraphrases; expected --paraphrases FILE.csv, or a "
                        f"column Paraphrase in {source}")
@@ -91,32 +91,40 @@ def read(args):
     return Wording(found, args.strategy or "add", args.mix_p or 0.0)
 
 
-def read_paraphrases(path):
-    """{prompt: its paraphrases, each once} of a csv with these two columns."""
+def read_pairs(flag, path) -> list[tuple[str, str]]:
+    """(prompt, paraphrase) of every row of a csv with these two columns, each pair once.
+
+    A row may repeat its prompt, by hand, where there are no other words. BadInput, which names the flag, for
+    a file without rows or with a prompt that cannot be used.
+    """
     if not path.is_file() or path.suffix.lower() != ".csv":
         why = "not a .csv" if path.is_file() else "no such file"
-        raise BadInput(f"--paraphrases {path}: {why}, expected a .csv with columns Prompt and Paraphrase")
+        raise BadInput(f"{flag} {path}: {why}, expected a .csv with columns Prompt and Paraphrase")
     rows = data.csv_rows(path, (data.PROMPT_COLUMNS, True), (("paraphrase",), True))
-    if not (found := gathered(path, rows)):
-        raise BadInput(f"--paraphrases {path}: no rows, expected a prompt and a paraphrase in each")
+    if not (found := checked(path, rows)):
+        raise BadInput(f"{flag} {path}: no rows, expected a prompt and a paraphrase in each")
     return found
 
 
 def column(captions):
-    """The same of the column Paraphrase of a captions file, where it is filled; {} if it has none."""
+    """The same pairs of the column Paraphrase of a captions file, where it is filled; [] if it has none."""
     rows = (data.read_jsonl if captions.suffix == ".jsonl" else data.read_csv)(captions)
-    return gathered(captions, ((row, texts) for row, _, texts in rows if len(texts) > 1))
+    return checked(captions, ((row, texts) for row, _, texts in rows if len(texts) > 1))
 
 
-def gathered(path, rows):
-    """{prompt: its paraphrases, each once} of (row number, (prompt, paraphrase))."""
+def checked(path, rows):
+    """[(prompt, paraphrase)], each once, of (row number, [prompt, paraphrase]) of a file."""
     found = {}
     for row, texts in rows:
         if why := data.prompt_fault(texts):
             raise BadInput(f"{path}, row {row}: {why}; expected a prompt and a paraphrase")
-        prompt, paraphrase = texts
-        if paraphrase != prompt:
-            found.setdefault(prompt, {})[paraphrase] = True
-        else:  # by hand, where there are no other words
-            found.setdefault(prompt, {})
-    return {prompt: list(others) for prompt, others in found.items()}
+        found[tuple(texts)] = True
+    return list(found)
+
+
+def by_prompt(pairs):
+    """{prompt: its paraphrases}; a pair of a prompt with itself is none."""
+    found = {}
+    for prompt, paraphrase in pairs:
+        found.setdefault(prompt, []).extend([paraphrase] if paraphrase != prompt else [])
+    return found

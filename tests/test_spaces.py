@@ -270,7 +270,8 @@ def test_the_command_of_2025(folders, encoders, capsys):
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("pairs.csv", "Prompt,Other\na,b\n", "pairs.csv, row 1: expected a column paraphrase"),
-    ("pairs.csv", "Prompt,Paraphrase\na,a\n", "pairs.csv, row 2: expected a prompt and another wording"),
+    ("pairs.csv", "Prompt,Paraphrase\na,a\n", "pairs.csv: every row repeats its prompt"),
+    ("pairs.csv", "Prompt,Paraphrase\na,\n", "pairs.csv, row 2: the prompt is empty"),
     ("pairs.csv", "Prompt,Paraphrase\n", "pairs.csv: no rows"),
     ("pairs.csv", "Prompt,Paraphrase\nx,y\n", "no row has images of both prompts"),
     ("real/prompts.csv", "Filename,Prompt\n00.png,else\n", "no prompt has 2 images and 2 real ones"),

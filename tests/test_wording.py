@@ -190,15 +190,11 @@ def test_a_run_goes_on_with_its_own_paraphrases_only(made, tmp_path):
                         ([*more[:-1], 0.5], "mix_p=1.0, now mix_p=0.5"), ([], "now mix_p=None")):
         with pytest.raises(BadInput, match=said):
             train(made, "msdm", tmp_path / "run", *flags, "--steps", 6)
-    file = write_rows(tmp_path / "p.csv", [*wording_rows(made / "p.csv"), ("Another", "row")])
+    file = write_rows(tmp_path / "p.csv", [*wording.read_pairs("", made / "p.csv"), ("Another", "row")])
     train(made, "msdm", tmp_path / "run", *more[2:], "--paraphrases", file)  # the same for these prompts
-    write_rows(file, [(p, q + "!") for p, q in wording_rows(made / "p.csv")])
+    write_rows(file, [(p, q + "!") for p, q in wording.read_pairs("", made / "p.csv")])
     with pytest.raises(BadInput, match="other data"):
         train(made, "msdm", tmp_path / "run", *more[2:], "--paraphrases", file, "--steps", 6)
-
-
-def wording_rows(file):
-    return [(p, q) for p, others in wording.read_paraphrases(file).items() for q in others]
 
 
 def test_a_step_draws_the_rows_of_a_prompts_paraphrases():
