@@ -1,6 +1,8 @@
-"""The Makefile hands its values to the commands as they stand."""
+"""The Makefile hands its values to the commands as they stand; the map of the paper names what is there."""
 
+import importlib
 import json
+import re
 import subprocess
 
 import pytest
@@ -94,3 +96,16 @@ def test_without_inception_weights_the_stages_say_so_and_go_on(tmp_path):
                            "paper-kandinsky22", "PRIOR=a", "DECODER=b", "DATA=c"], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert said.returncode == 0 and said.stderr.count("give WEIGHTS=FILE") == 3
+
+
+def test_the_map_of_the_paper_names_files_targets_and_tests_that_are_there():
+    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    of_the_map = text.split("\n## The map")[1].split("\n## ")[0]
+    tests = "".join(f.read_text(encoding="utf-8") for f in ROOT.glob("tests/test_*.py"))
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"`(test_\w+)`", of_the_map)
+    assert len(named) > 30 and [x for x in named if f"def {x}(" not in tests] == []
+    assert [x for x in re.findall(r"(\w+\.py)\b", of_the_map) if not (ROOT / x).is_file()] == []
+    assert [x for x in re.findall(r"`make ([\w-]+)", of_the_map) if x not in targets] == []
+    for module, name in re.findall(r"`(\w+)\.((?!py\b)\w+)`", of_the_map):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
