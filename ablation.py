@@ -12,11 +12,10 @@ import random
 import sys
 from pathlib import Path
 
-import scipy.stats
-
 import data
 import trials
 from files import file_hash, read_json, replacing
+from tables import wilson
 
 # Mixed in with probability 0, paraphrases play no part in a training: it is validated on them all the same.
 OFF = {"self-conditioning": False, "dropout": 0.0, "jitter": 0.0, "views": 1, "strategy": "mix", "mix-p": 0}
@@ -176,9 +175,7 @@ def over(seeds):
     """{figure: (mean over the seeds, half its interval)} of an arm, and Wilson's interval of faithfulness."""
     out = {key: trials.over_seeds([r[key] for r in seeds.values()]) for key in COLUMNS}
     n, hits = (sum(r[k] for r in seeds.values()) for k in ("n_judged", "n_shown"))
-    if n:
-        wilson = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
-    return out | {"wilson": (float(wilson.low), float(wilson.high)) if n else (None, None), "n_judged": n}
+    return out | {"wilson": wilson(hits, n) if n else (None, None), "n_judged": n}
 
 
 def against(seeds, baseline):

@@ -2,17 +2,17 @@
 
 import math
 
+import scipy.stats
+
 from files import write_json
 
 
-def wilson(successes, n, z=1.959964):
-    """95 % interval of a proportion (Wilson 1927): it stays inside [0, 1] and holds for small n."""
+def wilson(successes, n) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): inside [0, 1], and it holds for small n, 0 too."""
     if n == 0:
         return 0.0, 1.0
-    p, zz = successes / n, z * z / n
-    middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    low, high = (middle - half) / (1 + zz), (middle + half) / (1 + zz)
-    return max(0.0, min(p, low)), min(1.0, max(p, high))                # p: rounding may leave it outside
+    low, high = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def print_table(rows, columns):
