@@ -7,14 +7,13 @@ baseline of the same seed, which shares its data, its autoencoder and, image by 
 
 from command import BadInput, at_least_one
 
-import csv
 import random
 import sys
 from pathlib import Path
 
 import data
 import trials
-from files import file_hash, read_json, replacing
+from files import file_hash, read_json, write_csv
 from tables import wilson
 
 # Mixed in with probability 0, paraphrases play no part in a training: it is validated on them all the same.
@@ -61,8 +60,7 @@ def write_prompts(file, records, n):
     while len(rows) < n:
         some = rng.sample(records, len(records))
         rows += [[rng.choice(r.prompts)] for r in some]
-    with replacing(file) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([["Prompt"], *rows[:n]])
+    write_csv(file, ["Prompt"], rows[:n])
 
 
 def make_arm(args, arm, seed, folder):

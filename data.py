@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import prompts as grammar
 from duplicates import near_duplicates, seen
-from files import json_line, read_text, replacing, text_hash
+from files import json_line, read_text, replacing, text_hash, write_csv
 from pixels import batches as batches
 from pixels import in_parallel, note, open_image, preprocess
 from pixels import read_ahead as read_ahead
@@ -520,10 +520,7 @@ def write_grid(path, images, columns=None, gap=2):
 
 def write_captions(folder, rows):
     """(prompt, file name) rows into folder/prompt-gt.csv, atomically."""
-    with replacing(Path(folder) / "prompt-gt.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, delimiter=";", lineterminator="\n")
-        writer.writerow(("Prompt", "Filename"))
-        writer.writerows(rows)
+    write_csv(Path(folder) / "prompt-gt.csv", ("Prompt", "Filename"), rows, ";")
 
 
 # Check

@@ -9,7 +9,6 @@ paraphrase   Sec. 4.2.2  the prompts of a data set in other words, as training c
 from command import BadInput, at_least_one, check_range, fast_dtype, run_command
 
 import argparse
-import csv
 import functools
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import submission
 import sweeps
 import training
 from encoders import load_transformer
-from files import create_json, folder_hash, read_json, remove_unfinished, replacing, text_hash
+from files import create_json, folder_hash, read_json, remove_unfinished, text_hash, write_csv
 from weights import fetch
 
 # Paraphrases
@@ -109,11 +108,6 @@ def rows_so_far(out, settings):
     return [fields for _, fields in data.csv_rows(out, *(((name.lower(),), True) for name in HEADER))]
 
 
-def write_rows(out, rows):
-    with replacing(out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([HEADER, *rows])
-
-
 def prompts_to_say(source):
     """(distinct prompts of a data folder or a file of prompts, in order; those of them in the grammar)."""
     found = data.read_prompts(source) if Path(source).is_file() else [
@@ -153,8 +147,8 @@ def paraphrase(args):
         taken.update(new)
         rows += [[prompt, p] for p in new]
         if model:  # takes long: nothing of it is lost
-            write_rows(out, rows)
-    write_rows(out, rows)
+            write_csv(out, HEADER, rows)
+    write_csv(out, HEADER, rows)
     kept = len(rows) - before
     print(f"{out}: {len(rows)} paraphrases of {len(own)} prompts; {asked} asked for now, {kept} kept, "
           f"{asked - kept} refused")

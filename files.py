@@ -1,4 +1,4 @@
-"""Files in and out: atomic writes, safetensors, JSON, hashes. Nothing is ever unpickled.
+"""Files in and out: atomic writes, safetensors, JSON, csv, hashes. Nothing is ever unpickled.
 
 A file is written beside its place and renamed over it, so that half a file is never read. Metadata is a dict
 of JSON values. safetensors itself stores strings, in an order that changes from call to call, so the dict is
@@ -8,6 +8,7 @@ one string, under the key "json": the same tensors and metadata give the same by
 from command import BadInput, reason
 
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
@@ -120,6 +121,11 @@ def read_json(path):
     if not isinstance(value, dict):
         raise BadInput(f"{path}: expected a JSON object in braces, got a {type(value).__name__}")
     return value
+
+
+def write_csv(path, header, rows, delimiter=","):
+    with replacing(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f, delimiter=delimiter, lineterminator="\n").writerows([header, *rows])
 
 
 def read_text(path):

@@ -45,14 +45,14 @@ from classifier import (
     truth,
     truth_row,
 )
-from files import check_replaced, is_json_with, replacing
+from files import check_replaced, is_json_with, write_csv
 from memorisation import default_sheet, is_sheet, memorisation, repeats
 from tables import interval, print_table, wilson, write_table
 
 JUDGEMENT = {           # keys by which a --json file of each command is known
     "faithfulness": ("n_fake_unjudged", "values", "summary", "not_judged"),
     "usefulness": ("n_prompts", "n_held_out", "attributes"),
-    "memorisation": ("near_ratio", "verdict", "flagged", "pairs"),
+    "memorisation": ("near_ratio", "verdict", "flagged", "rows", "pairs"),
 }
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
@@ -276,8 +276,7 @@ def evaluation_prompts(colors):
 def write_prompts(args):
     """The evaluation prompts, each --per-value times, as a csv with the column Prompt."""
     lines = [p for p in evaluation_prompts(args.colors) for _ in range(args.per_value)]
-    with replacing(args.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, lineterminator="\n").writerows([["Prompt"], *([p] for p in lines)])
+    write_csv(args.out, ["Prompt"], [[p] for p in lines])
     print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
 
 
