@@ -14,13 +14,11 @@ from pathlib import Path
 import adapters
 import data
 from files import file_hash, read_json
+from judges import JUDGEMENT
+from metrics import RESULT
 from runfolder import read_log
 
-KEYS = {  # by which a file of results is known
-    "metrics": ("fid", "protocol", "n_fake"),
-    "faithfulness": ("summary", "values", "not_judged"),
-    "memorisation": ("verdict", "rows", "pairs"),
-}
+KEYS = {"metrics": RESULT} | {k: JUDGEMENT[k] for k in ("faithfulness", "memorisation")}
 
 
 @dataclass

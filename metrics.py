@@ -68,6 +68,7 @@ from pixels import FORMATS, open_image, preprocess
 SPLITS, K, PARTS = 10, 3, 4
 K_DENSITY = 5  # of density and coverage, as Naeem et al. choose it
 SOFTMAX = ("imageclef", "imageclef-resized")  # the protocols whose features are softmax outputs
+RESULT = ("fid", "protocol", "n_fake", "kid_subset_size", "weights_published")  # keys of a --json file
 
 
 def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0, resamples=0) -> dict:
@@ -395,7 +396,7 @@ def check_space(args):
 
 def is_result(path):
     """Whether a file is one that --json wrote."""
-    return is_json_with(path, "fid", "protocol", "kid_subset_size", "weights_published")
+    return is_json_with(path, *RESULT)
 
 
 def untimed(result):

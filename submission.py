@@ -16,10 +16,10 @@ import inception
 import trials
 from classifier import default_file
 from files import check_replaced, read_json, replacing
+from metrics import SOFTMAX
 from pixels import open_image
 
 MADE_BY = b"experiments.py submission"  # the comment of its zip files
-PROTOCOLS = ("imageclef", "imageclef-resized")
 OFFICIAL = ("imageclef: the organisers' protocol of 2024; distances of softmax outputs, from 0 to 2. "
             "imageclef-resized: the same with images really resized. Neither compares with an FID of pooled "
             "features, and the organisers had Keras' weights, not torchvision's.")
@@ -80,10 +80,10 @@ def measure(args, source, folder):
     for name, flags in args.measures.items():
         if flags[1].startswith("classifier:") and not Path(flags[1].partition(":")[2]).exists():
             trials.run("judges.py", "faithfulness", "--real", args.data, "--fake", images)  # trains it
-        json = folder / f"{name}.json"
+        file = folder / f"{name}.json"
         trials.run("metrics.py", "--real", args.data, "--fake", images, *flags, "--cache", args.out / "cache",
-                   "--json", json, processes=trials.devices())
-        result[name] = {k: v for k, v in read_json(json).items() if k in (
+                   "--json", file, processes=trials.devices())
+        result[name] = {k: v for k, v in read_json(file).items() if k in (
             "fid", "fid_real_half", "inception_score", "precision", "recall", "weights", "space")}
     return result
 
@@ -93,7 +93,7 @@ def measures_of(args):
     if args.features:
         return {"features": ["--features", args.features]}
     if args.weights or inception.cached_file("imagenet"):
-        return {p: ["--protocol", p, *trials.given("--weights", args.weights)] for p in PROTOCOLS}
+        return {p: ["--protocol", p, *trials.given("--weights", args.weights)] for p in SOFTMAX}
     published = inception.PUBLISHED["imagenet"]
     address = published["url"] + published["files"][0]
     print("not the official protocol but the attribute classifier's space: torchvision's ImageNet "
@@ -133,7 +133,7 @@ def write_table(args):
             for r in found]
     notes = [f"Real images: {args.data}. Prompts: {args.prompts}, one image each; sampling: "
              f"{args.sampling or 'the defaults of sampler.py'}."]
-    notes += [OFFICIAL] if PROTOCOLS[0] in args.measures else [NOT_OFFICIAL]
+    notes += [OFFICIAL] if SOFTMAX[0] in args.measures else [NOT_OFFICIAL]
     if any(r[name]["weights"] == "rule" for r in found for name in args.measures):
         notes.append("Features of random weights: no figure here says anything.")
     text = f"# table3: submissions\n\n{trials.markdown(heads, rows)}\n" + "".join(f"- {n}\n" for n in notes)

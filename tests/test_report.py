@@ -106,7 +106,8 @@ def make_samples(name, checkpoint, prompts):
 METRICS = {"fid": 61.2346, "fid_real_half": 3.1234, "kid": 0.00123, "kid_error": 0.0001, "precision": 0.6123,
            "recall": 0.3217, "f1": 0.4218, "inception_score": 2.3456, "inception_score_std": 0.0456,
            "protocol": "fid", "weights": "rule", "weights_published": False, "n_real": 850, "n_fake": 123,
-           "real": "data/k", "fake": "out/a", "size": 64, "resize": "tf1", "notes": ["random weights"]}
+           "kid_subset_size": None, "real": "data/k", "fake": "out/a", "size": 64, "resize": "tf1",
+           "notes": ["random weights"]}
 ROW = {"n": 8, "share": 0.25, "low": 0.0715, "high": 0.5907, "sensitivity": 0.9615, "accuracy": 0.97,
        "chance": 0.3142}
 FAITHFULNESS = {"real": "data/r", "fake": "out/a", "n_train": 900, "n_held_out": 100, "n_fake": 123,
