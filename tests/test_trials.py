@@ -86,6 +86,33 @@ def test_a_folder_belongs_to_one_experiment_and_a_cell_is_made_once(tmp_path):
     assert made == [tmp_path / "c"]
 
 
+def test_the_space_is_the_first_that_is_there(monkeypatch):
+    def flags(features=None, weights=None, classifier=None):
+        return trials.space_flags(Namespace(features=features, weights=weights), classifier)
+
+    monkeypatch.setattr(trials.inception, "cached_file", lambda which: "there" if which == "fid" else None)
+    assert flags("vit", "w.pth", "j") == ["--features", "vit", "--weights", "w.pth"]
+    assert flags(None, "w.pth", "j") == ["--weights", "w.pth"]
+    assert flags(classifier="j") == []
+    monkeypatch.setattr(trials.inception, "cached_file", lambda which: None)
+    assert flags(classifier="j") == ["--features", "classifier:j"] and flags() is None
+
+
+def test_a_string_of_flags_is_split_as_by_a_shell():
+    assert trials.words_of("--training", "--lr 1 --data 'my data'") == ["--lr", "1", "--data", "my data"]
+    with pytest.raises(BadInput, match="--training .*: No closing quotation"):
+        trials.words_of("--training", "--data 'my data")
+
+
+def test_the_validation_of_a_run_is_that_of_its_best_checkpoint_after_step_0(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 0, "val_loss": 0.1}\n{"step": 5, "loss": 0.2}\n')
+    with pytest.raises(BadInput, match="no line with val_loss"):
+        trials.validation(tmp_path)
+    log.write_text(log.read_text() + '{"step": 5, "val_loss": 0.4}\n{"step": 9, "val_loss": 0.6}\n')
+    assert trials.validation(tmp_path) == {"step": 5, "val_loss": 0.4}
+
+
 @pytest.mark.parametrize("status, raised", [(2, BadInput), (130, KeyboardInterrupt)])
 def test_a_command_that_fails_or_is_stopped_ends_the_experiment(tmp_path, monkeypatch, status, raised):
     (tmp_path / "short.py").write_text("import sys\nsys.exit(int(sys.argv[1]))\n")
