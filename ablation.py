@@ -150,15 +150,16 @@ def write_tables(args):
     found = [read_json(p / "result.json") for p in sorted(places)]
     by_arm = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
-    means = {arm: over(seeds) for arm, seeds in by_arm.items()}
+    means = {arm: means_of(seeds) for arm, seeds in by_arm.items()}
     one = {arm: next(iter(seeds.values())) for arm, seeds in by_arm.items() if len(seeds) == 1}
-    gaps = {arm: gap for arm, seeds in by_arm.items() if (gap := against(seeds, by_arm.get("baseline", {})))
-            and arm != "baseline"}
+    baseline = by_arm.get("baseline", {})
+    gaps = {arm: gap for arm, seeds in by_arm.items()
+            if arm != "baseline" and (gap := less_baseline(seeds, baseline))}
     space = trials.space_of(places[0] / "metrics.json") if places else ""
     steps = sorted({r["step"] for r in found})
     notes = notes_of(args, found, space)
     heads = ["arm", "seeds", *COLUMNS.values()]
-    rows = [[arm, len(by_arm[arm]), *(text_of(means[arm], key, one.get(arm, {})) for key in COLUMNS)]
+    rows = [[arm, len(by_arm[arm]), *(cell_text(means[arm], key, one.get(arm, {})) for key in COLUMNS)]
             for arm in by_arm]
     text = f"# Ablation of MSDM, preset {args.preset}\n\n{trials.markdown(heads, rows)}\n"
     if gaps:
@@ -169,14 +170,14 @@ def write_tables(args):
     trials.write_table(args.out, "ablation", text + "".join(f"- {note}\n" for note in notes), table)
 
 
-def over(seeds):
+def means_of(seeds):
     """{figure: (mean over the seeds, half its interval)} of an arm, and Wilson's interval of faithfulness."""
     out = {key: trials.over_seeds([r[key] for r in seeds.values()]) for key in COLUMNS}
     n, hits = (sum(r[k] for r in seeds.values()) for k in ("n_judged", "n_shown"))
     return out | {"wilson": wilson(hits, n) if n else (None, None), "n_judged": n}
 
 
-def against(seeds, baseline):
+def less_baseline(seeds, baseline):
     """{figure: (mean difference from the baseline, half its interval)} over common seeds, None without."""
     common = [s for s in seeds if s in baseline]
     if not common:
@@ -187,7 +188,7 @@ def against(seeds, baseline):
         for key in COLUMNS}
 
 
-def text_of(mean, key, only):
+def cell_text(mean, key, only):
     """A figure with the interval that there is; only: the result of an arm with one seed."""
     low, high = mean["wilson"] if key == "faithfulness" else (only.get(f"{key}_low"), only.get(f"{key}_high"))
     if low is None:

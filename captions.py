@@ -56,7 +56,7 @@ class CaptionSampler:
             self.cache = [x if world.device.type == "cpu" else x.to(world.device) for x in (states, mask)]
 
     def draw(self, indices, generator):
-        """A prompt for each of the images `indices`."""
+        """A caption for each of the images `indices` (b,): a list of b strings."""
         prompts = []
         for i in indices.tolist():
             own = self.records[i].prompts

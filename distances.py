@@ -147,7 +147,7 @@ def precision_recall(real, fake, k=3) -> tuple[float, float]:
 
 
 def in_balls(real, fake, k=3):
-    """(which fakes lie in a ball of a real, which reals in one of a fake): the terms of precision_recall."""
+    """(which fakes lie in a ball of a real, which reals in one of a fake), bool: precision_recall's terms."""
     real, fake = two_sets(real, fake, least=k + 1)
     ball_real, ball_fake = radii(real, k), radii(fake, k)
     centre = real.mean(0)
@@ -161,16 +161,20 @@ def in_balls(real, fake, k=3):
 
 
 def density_coverage(real, fake, k=5) -> tuple[float, float]:
-    """Naeem et al. 2020, Sec. 3: density counts the reals' k-NN balls around each fake, over k; coverage is
-    the share of these balls that hold a fake. Of one distribution density is near 1 and may be above, and
-    coverage near 1 - 2^-k. A ball contains its boundary; exact as precision_recall.
+    """Naeem et al. 2020, Sec. 3, with B_i the ball around real x_i that reaches to its k-th nearest real:
+
+        density  = 1 / (k M)  sum over fakes y_j, reals x_i of [y_j in B_i]         from 0, may exceed 1
+        coverage = 1 / N      sum over reals x_i of [some fake y_j in B_i]          in [0, 1]
+
+    Of N reals and M fakes of one distribution density is 1 on average, coverage about 1 - 2^-k if N = M. A
+    ball contains its boundary; exact as precision_recall.
     """
     return tuple(x.double().mean().item() for x in ball_counts(real, fake, k))
 
 
 def ball_counts(real, fake, k=5):
-    """(balls of reals around each fake over k, which reals' balls hold a fake): the terms of
-    density_coverage."""
+    """(sum over i of [y_j in B_i] / k of each fake (M,) float64, whether some y_j is in B_i of each real (N,)
+    bool): density_coverage's terms, whose means it is."""
     real, fake = two_sets(real, fake, least=k + 1)
     ball, centre = radii(real, k), real.mean(0)
     small, norm = centred(real, centre)
@@ -255,7 +259,10 @@ def squared_distances(a, norm_a, b, norm_b):
 
 
 def inception_score(logits, splits=10) -> tuple[float, float]:
-    """Mean and standard deviation over equal splits, in the order given, of exp(mean KL(p(y|x) || p(y)))."""
+    """Mean and standard deviation over equal splits, in the order given, of exp(mean KL(p(y|x) || p(y))).
+
+    logits (n, classes), p(y|x) their softmax; a score is at least 1 and at most the number of classes.
+    """
     logits = as_features(logits, "logits", least=splits)
     scores = []
     for i in range(splits):
@@ -270,7 +277,9 @@ def inception_score(logits, splits=10) -> tuple[float, float]:
 
 
 def mean_interval(values, resamples=100, seed=0) -> tuple[float, float]:
-    """95 % interval of the mean of n values by the percentile bootstrap (Efron 1979).
+    """95 % interval of the mean of n values (n,) by the percentile bootstrap (Efron 1979).
+
+    The 2.5 % and 97.5 % quantiles of the means of resamples, each n values drawn with replacement.
 
     Of a share of in_balls or ball_counts: its own set is drawn anew, the balls stay. Drawn anew too, they
     would shrink: a set drawn with replacement holds copies, whose nearest neighbour is at distance 0.
@@ -281,11 +290,12 @@ def mean_interval(values, resamples=100, seed=0) -> tuple[float, float]:
 
 
 def fid_interval(real, fake, resamples=100, seed=0) -> tuple[float, float]:
-    """95 % interval of the Frechet distance of so many images, by the bootstrap: both sets drawn anew.
+    """95 % interval of the Frechet distance d of so many images, by the bootstrap: both sets drawn anew.
 
-    A set drawn with replacement has fewer distinct images, and the distance grows when there are fewer; so
-    the resampled distances are moved until their mean is the distance itself. The interval says what other
-    images in these numbers would give, not what more images would.
+    With d* the resampled distances: from d + q_2.5%(d*) - mean(d*), at least 0, to d + q_97.5%(d*) - mean(d*)
+    (ours). A set drawn with replacement has fewer distinct images, and the distance grows when there are
+    fewer; so the d* are moved until their mean is d. The interval says what other images in these numbers
+    would give, not what more images would.
     """
     real, fake = two_sets(real, fake, least=2)
     rng, distance = np.random.default_rng(seed), fid(real, fake)

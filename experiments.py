@@ -1,6 +1,10 @@
 """The paper's experiments as commands: Chaichuk and Tutubalina, CEUR-WS 3740, paper 142.
 
-paraphrase   Sec. 4.2.2  the prompts of a data set in other words, as training captions (wording.py)
+paraphrase      Sec. 4.2.2  the prompts of a data set in other words, as training captions (wording.py)
+ablation        Sec. 5.1.4  MSDM with and without self-conditioning, dropout, ... (ablation.py)
+table1, table2  Sec. 5.1.2  ranks of the adapters of Kandinsky 2.2 (sweeps.py)
+submission      Sec. 5.2    an image for each test prompt, and a zip of them (submission.py)
+table3          Sec. 5.2    models by the organisers' protocol (submission.py)
 
     python experiments.py paraphrase --data data/mine --out data/paraphrases.csv
     python experiments.py paraphrase --data prompts.csv --model Qwen/Qwen2.5-7B-Instruct --out FILE.csv

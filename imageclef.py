@@ -22,9 +22,9 @@ LEAST = 2  # images of a prompt that a covariance, or a distance between them, n
 
 
 def fidelity(real: dict, fake: dict) -> torch.Tensor:
-    """100 / (1 + d) of each prompt, d the Frechet distance of its images to its real images; 100 is the best.
+    """100 / (1 + d) of each prompt, d the Frechet distance of its images to its real images: (prompts,).
 
-    (prompts,) float64, over the prompts with LEAST images and LEAST real images.
+    float64 in (0, 100], 100 is the best; over the prompts with LEAST images and LEAST real images.
     """
     both = [p for p in fake if min(len(fake[p]), len(real.get(p, ()))) >= LEAST]
     return torch.tensor([100 / (1 + fid(real[p], fake[p])) for p in both], dtype=torch.float64)
@@ -33,8 +33,8 @@ def fidelity(real: dict, fake: dict) -> torch.Tensor:
 def agreement(fake: dict, pairs) -> torch.Tensor:
     """Mean cosine similarity of the images of a prompt with those of its paraphrase, of each pair: (pairs,).
 
-    Over all pairs of an image of the one and one of the other (ours); from -1 to 1. A mean of products is
-    the product of means.
+    1 / (m n) sum over x_i, y_j of x_i . y_j, with all m images x_i of the one and n images y_j of the other
+    (ours), which is the product of the means, mean(x) . mean(y). float64 in [-1, 1].
     """
     found = [fake[a].mean(0) @ fake[b].mean(0) for a, b in pairs if a in fake and b in fake]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
@@ -43,7 +43,7 @@ def agreement(fake: dict, pairs) -> torch.Tensor:
 def diversity(fake: dict) -> torch.Tensor:
     """Mean Euclidean distance (ours) between two images of a prompt, of each prompt with LEAST: (prompts,).
 
-    From 0, all images the same, to 2.
+    2 / (n (n - 1)) sum over i < j of |x_i - x_j|. float64 from 0, all images the same, to 2.
     """
     found = [F.pdist(x).mean() for x in fake.values() if len(x) >= LEAST]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)

@@ -46,7 +46,7 @@ from distances import (
     mean_and_root,
     mean_interval,
 )
-from distances import density_coverage as density_coverage
+from distances import density_coverage as density_coverage  # others call it, and the next, metrics.NAME
 from distances import precision_recall as precision_recall
 from files import (
     check_replaced,

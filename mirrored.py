@@ -24,6 +24,8 @@ from duplicates import seen
 from kvasir import has_box
 from pixels import note
 
+# A value of --mirror: the copies that it makes of an image. horizontal: left becomes right; vertical: upper
+# becomes lower; the copy "both" is half a turn.
 AXES = {"horizontal": ("horizontal",), "vertical": ("vertical",), "both": ("horizontal", "vertical", "both")}
 LEGIBLE = 256   # px: the endoscope's letters, a 40th to a 50th of the side high, then have 5 rows of pixels
 
@@ -37,9 +39,9 @@ def add_flag(parser):
 
 
 def with_copies(records, mirror, size, words, workers=2):
-    """(the records and, behind them, mirrored copies of those that can be mirrored; words with the
-    paraphrases of their prompts), for each of the axes of mirror, a value of --mirror.
+    """(records and behind them their mirrored copies, words with the paraphrases of the copies' prompts).
 
+    Of each record that can be mirrored there is a copy for each of AXES[mirror]; mirror: a value of --mirror.
     size: of the images in training, pixels; words: the Wording of the prompts. A line on stderr says what is
     left alone. BadInput for a folder without any image that can be mirrored.
     """

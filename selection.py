@@ -53,7 +53,7 @@ def check_flags(args):
 
 
 def load_space(args):
-    """(network, its name with its first digits) of the features; BadInput if there are neither weights."""
+    """(network, its name with its first digits) of the features; BadInput if neither is there."""
     if args.select_weights or cached_file("fid"):
         net, name = Inception(args.select_weights), "inception"
     elif args.classifier:

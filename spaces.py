@@ -20,8 +20,8 @@ from inception import ImageEncoder
 from weights import described_by, load_state
 
 
-class Judge(nn.Module):
-    """The space of an attribute classifier: uint8 (b, 3, h, w) -> {"features": (b, 256)}."""
+class ClassifierFeatures(nn.Module):
+    """The space of an attribute classifier: uint8 (b, 3, h, w) -> {"features": (b, 256) float32}."""
 
     features = "features before the last layer"
 
@@ -50,4 +50,4 @@ class Judge(nn.Module):
 def load(name):
     """The network of a feature space other than Inception's: its forward, `features`, `source`."""
     kind, _, file = name.partition(":")
-    return Judge(file) if kind == "classifier" else ImageEncoder(name)
+    return ClassifierFeatures(file) if kind == "classifier" else ImageEncoder(name)

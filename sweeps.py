@@ -1,7 +1,7 @@
 """The paper's sweeps of LoRA on Kandinsky 2.2: ranks of the prior, then of the decoder; alpha, DoRA, rsLoRA.
 
 Stage 1 of the paper is a decoder's adapter of rank 32, trained for 40 epochs. Table 1 trains the prior's with
-each rank and draws with that decoder, table 2 the decoder's with the best prior of table 1. The paper does
+each rank and samples with that decoder, table 2 the decoder's with the best prior of table 1. The paper does
 not say at which rank it tried alpha, DoRA and rsLoRA; here it is VARIED.
 """
 
@@ -86,13 +86,13 @@ def sweep(args, network, name):
 
 
 def table1(args):
-    """Ranks of the prior's adapter, drawn with the decoder of stage 1."""
+    """Ranks of the prior's adapter, sampled with the decoder of stage 1."""
     args.prior_lora = None
     sweep(args, "prior", "table1")
 
 
 def table2(args):
-    """Ranks of the decoder's adapter, drawn with the best prior."""
+    """Ranks of the decoder's adapter, sampled with the best prior."""
     args.prior_lora, args.decoder_lora = args.prior_lora or best_prior(args.table1), None
     sweep(args, "decoder", "table2")
 
@@ -123,7 +123,7 @@ def write_table(args, name):
              else f"prior's adapter {args.prior_lora}")
     sampling = args.sampling or "the defaults of sampler.py"
     metrics = (f"FID (lower is better), precision, recall against {args.data}, space: {', '.join(spaces)}; "
-               f"images: {args.prompts}, {sampling}, drawn with the {stage}.")
+               f"images: {args.prompts}, {sampling}, sampled with the {stage}.")
     notes = [
         f"{len(found)} of {len(CELLS)} cells, one seed each, so neighbours may differ by chance; {length} "
         f"a cell{', ' + args.training if args.training else ''}.",
@@ -142,9 +142,9 @@ def add_flags(parser, network):
     flag("--data", required=True, help="data folder to train on, and real images of the metrics")
     flag("--out", required=True, help="folder of the table; the same command goes on in it")
     if network == "prior":
-        flag("--decoder-lora", help="adapter of the decoder that draws; None: stage 1 is trained")
+        flag("--decoder-lora", help="adapter of the decoder to sample with; None: stage 1 is trained")
     else:
-        flag("--prior-lora", help="adapter of the prior that draws; None: the best of --table1")
+        flag("--prior-lora", help="adapter of the prior to sample with; None: the best of --table1")
         flag("--table1", default="runs/table1", help="folder of table 1")
     flag("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL",
          help="which, for several machines on one folder")

@@ -148,8 +148,8 @@ NO_SPACE = ("No FID, precision and recall: the Inception weights are not in torc
 
 
 def over_seeds(values):
-    """(mean, half of its 95 % interval by Student's t, None for one value) of independent runs; None for both
-    where a run has no value."""
+    """(mean, half of its 95 % interval by Student's t) of n independent runs: t_(n-1, 97.5 %) s / sqrt(n), s
+    their standard deviation; None for half of one run's, and for both where a run has no value."""
     n = len(values)
     if n < 2 or None in values:
         return (None if None in values else float(np.mean(values))), None
