@@ -1,7 +1,8 @@
-"""What every command shares: how its threads wait."""
+"""What every command shares, and who imports whom."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -32,3 +33,23 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(own, expected):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
                           timeout=60)
     assert done.stdout.split() == [expected], done.stderr
+
+
+def test_every_file_has_a_floor_in_the_readme_and_imports_only_from_below_or_along_an_arrow():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    floors, arrows = {}, set()
+    for floor, files in re.findall(r"^\| (\d) \| (.*) \|$", readme, re.MULTILINE):
+        for entry in files.split(" · "):
+            floors |= dict.fromkeys(re.findall(r"`(\w+)\.py`", entry), int(floor))
+            own, arrow, others = entry.partition(" → ")
+            if arrow:
+                named = re.match(r"(`\w+\.py`(, )?)+", others)[0]
+                arrows |= {(own.strip("`").removesuffix(".py"), x) for x in re.findall(r"(\w+)\.py", named)}
+    imported = set()
+    for file in ROOT.glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [
+                a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported |= {(file.stem, x) for x in names if (ROOT / f"{x}.py").is_file()}
+    assert {f.stem for f in ROOT.glob("*.py")} == floors.keys()
+    assert {pair for pair in imported if floors[pair[0]] <= floors[pair[1]]} == arrows
