@@ -7,7 +7,6 @@ import data
 from files import cached_rows, text_hash
 from runfolder import check_savable
 from text import warn_of_cut
-from wording import Wording
 
 
 def text_states(text, prompts, source, folder, world):
@@ -32,15 +31,15 @@ class CaptionSampler:
     a frozen encoder is kept in a file of folder, which all ranks make, each a share; on a CPU it is a map of
     that file. Not so if captions are joined, or if it takes more than CACHE bytes, as CLIP ViT-L's for 5,400
     prompts: then they are encoded with each batch, which adds a twentieth to the work of a step. source: a
-    hash that is part of the file's key, of the checkpoint that holds the text encoder. words: how the prompts
-    are said, see wording.py.
+    hash that is part of the file's key, of the checkpoint that holds the text encoder. words: the Wording
+    that says how the prompts are said.
     """
 
     CACHE = 1 << 30
 
-    def __init__(self, records, val_records, text, join, p_uncond, source, folder, world, words=None):
+    def __init__(self, records, val_records, text, join, p_uncond, source, folder, world, words):
         self.records, self.text, self.join, self.p_uncond = records, text, join, p_uncond
-        self.words, self.cache = words or Wording(), None
+        self.words, self.cache = words, None
         ways = {p: self.words.ways(p) for r in (*records, *val_records) for p in r.prompts}
         longest = {p: max(ways[p], key=len) for p in ways}
         if world.is_main:

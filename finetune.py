@@ -86,7 +86,7 @@ def msdm_task(args, world):
     latents, train, val_latents, val = msdm.both_latents(train, val, args, model.vae, source, folder, world)
     model.unet.to(memory_format=torch.channels_last)
     captions = CaptionSampler(train, val, model.text, args.join, args.p_uncond, source, folder, world,
-                                   words)
+                              words)
     objective = msdm.Objective(model, latents, captions, args, mirrored.entries(train))
     names = [r.name for r in train if not r.mirror]
     return run, Task(model.unet, objective, objective.held_out(val_latents, val), names,

@@ -31,6 +31,7 @@ import training
 import vae
 from captions import CaptionSampler
 from data import Record
+from wording import Wording
 
 ROWS = [("Generate an image containing a polyp.", "a"), ("Generate an image with 2 polyps.", "b.png"),
         ("Generate an image with an an abnormality located in the upper-left, center and lower-rigth.",
@@ -814,9 +815,9 @@ def test_text_states_that_are_too_large_to_keep_are_encoded_with_the_batch(monke
     records = [Record(Path(str(i)), str(i), [prompt]) for i, prompt in enumerate(PROMPTS)]
     text = tiny_msdm().text.requires_grad_(False)
     place = "", tmp_path, training.start("cpu")
-    kept = CaptionSampler(records, records, text, 1, 0.2, *place)
+    kept = CaptionSampler(records, records, text, 1, 0.2, *place, Wording())
     monkeypatch.setattr(CaptionSampler, "CACHE", 3 * text([""])[0].nbytes)     # of 4 prompts
-    anew = CaptionSampler(records, records, text, 1, 0.2, *place)
+    anew = CaptionSampler(records, records, text, 1, 0.2, *place, Wording())
     assert kept.cache is not None and anew.cache is None
     states = [sampler.encode(training.Batch(**sampler.fields(PROMPTS))) for sampler in (kept, anew)]
     for a, b in zip(*states, strict=True):

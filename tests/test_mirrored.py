@@ -119,7 +119,7 @@ def test_a_step_draws_the_latent_of_the_mirrored_image_with_its_mirrored_prompt(
         pixels = data.preprocess(flips[r.mirror](data.open_image(r.path)), 32)
         img = data.to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None])
         torch.testing.assert_close(latent.float(), torch.cat(m.vae.moments(img), 1), atol=2e-3, rtol=2e-3)
-    captions = CaptionSampler(records, own, m.text, 1, 0.0, "", tmp_path, training.start("cpu"))
+    captions = CaptionSampler(records, own, m.text, 1, 0.0, "", tmp_path, training.start("cpu"), OWN)
     objective = msdm.Objective(m, latents[:, :1], captions, flags, mirrored.entries(records))
     shown, asked = [], []
     objective.latents = Recorder(latents, shown)

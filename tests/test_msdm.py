@@ -19,6 +19,7 @@ from files import load_safetensors, save_safetensors
 from msdm import MSDM
 from text import TextConfig, TextTransformer, learn_tokenizer
 from unet import UNet, UNetConfig
+from wording import Wording
 
 
 def test_a_seeds_image_does_not_depend_on_the_batch_size():
@@ -271,7 +272,7 @@ ONE = training.Distributed(0, 1, torch.device("cpu"))
 def test_validation_twice_is_one_number(folder, tmp_path):
     m = tiny_msdm()
     latents, records = cached_latents(folder, m, tmp_path / "cache")
-    captions = CaptionSampler(records, records, m.text, 1, 0.2, "", tmp_path, ONE)
+    captions = CaptionSampler(records, records, m.text, 1, 0.2, "", tmp_path, ONE, Wording())
     objective = msdm.Objective(m, latents, captions, Namespace(loss="l2"))
     first = training.validate(objective, objective.held_out(latents, records), 2, ONE)
     torch.rand(1)  # what is drawn between two validations plays no part
@@ -401,9 +402,9 @@ def test_joined_prompts_that_are_cut_are_told_before_training(folder, tmp_path, 
     records = data.read_folder(folder)
     for record in records:
         record.prompts = PROMPTS
-    CaptionSampler(records, records, tiny_msdm().text, 1, 0.2, "", tmp_path, ONE)
+    CaptionSampler(records, records, tiny_msdm().text, 1, 0.2, "", tmp_path, ONE, Wording())
     assert capsys.readouterr().err == ""
-    CaptionSampler(records, records, tiny_msdm().text, 3, 0.2, "", tmp_path, ONE)
+    CaptionSampler(records, records, tiny_msdm().text, 3, 0.2, "", tmp_path, ONE, Wording())
     assert "1 of 1 prompts is cut" in capsys.readouterr().err
 
 

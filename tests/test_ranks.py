@@ -12,6 +12,7 @@ import msdm
 import training
 import vae
 from captions import CaptionSampler
+from wording import Wording
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def captions(root, world):
     """The captions of 80 images, with prompts of their own, for a frozen text encoder."""
     records = [data.Record(ROOT / str(i), str(i), [f"an image with {i} polyps"]) for i in range(80)]
     text = tiny_msdm().text.requires_grad_(False)
-    return CaptionSampler(records[8:], records[:8], text, 1, 0.2, "0", root, world)
+    return CaptionSampler(records[8:], records[:8], text, 1, 0.2, "0", root, world, Wording())
 
 
 @torch.no_grad()
