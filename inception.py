@@ -7,7 +7,7 @@ below has its average pooling, its last maximum pooling and its 1,008 classes. I
 torchvision's. ImageEncoder is any vision model that transformers has the code of.
 """
 
-from command import BadInput
+from command import BadInput, reason
 
 import math
 import re
@@ -250,7 +250,8 @@ class ImageEncoder(nn.Module):
     Its own image processor makes the pixels. The features are the image embedding of a model of images and
     texts (CLIP), else the state of the CLS token (ViT, DINOv2), else the pooled state; `features` says which.
     A pooling layer on top of the CLS state is left out: many checkpoints come without one. BadInput for a
-    folder that transformers cannot load as it is, without code of the folder and without pickles.
+    folder that transformers cannot load as it is, without code of the folder and without pickles, and for a
+    model that makes no features of an image, or others each time (ViTMAE hides random parts of it).
     """
 
     def __init__(self, name):
@@ -270,7 +271,25 @@ class ImageEncoder(nn.Module):
             raise BadInput(f"{name}: {type(self.net).__name__} reads {self.net.main_input_name}, expected a "
                            "model of images")
         self.features = "image embedding" if embeds else "CLS state" if has_cls else "pooled state"
+        self._try(name)
         self.source, self.published = folder_hash(folder), None     # None: nobody's protocol names it
+
+    def _try(self, name):
+        what = f"{name}: {type(self.net).__name__}, after the pixels of its preprocessor_config.json,"
+        image = torch.arange(3 * 64 * 64, dtype=torch.uint8).view(1, 3, 64, 64)
+        try:
+            first, again = (self(image)["features"] for _ in range(2))
+        except MemoryError:
+            raise
+        except Exception as error:                          # whatever a model raises that wants other input
+            raise BadInput(f"{what} gives no features of an image ({reason(error)}); expected a model of "
+                           "single images with its own image processor") from None
+        if len(first) != 1 or first.numel() < 2 or not first.isfinite().all():
+            raise BadInput(f"{what} gives features {tuple(first.shape)} of one image, expected a row of "
+                           "finite numbers")
+        if not first.equal(again):
+            raise BadInput(f"{what} gives other features of the same image each time; expected a model that "
+                           "draws nothing at random")
 
     @torch.inference_mode()
     def forward(self, images, resize=None):

@@ -118,6 +118,30 @@ def test_a_folder_that_is_no_space_is_one_line(encoders, tmp_path):
         spaces.load(str(tmp_path / "text"))
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ("random", "ViTMAEModel, .*other features of the same image each time"),
+    ("no pooled state", "SegformerModel, .*gives no features of an image"),
+    ("films", "VideoMAEModel, .*gives no features of an image"),
+    ("another size", r"ViTModel, .*gives no features of an image \(Input image size \(48\*48\)"),
+    ("infinite", r"ViTModel, .*gives features \(1, 16\) of one image, expected a row of finite numbers")])
+def test_a_model_that_makes_no_features_or_others_each_time_is_no_space(tmp_path, change, words):
+    t = transformers
+    width, side = {f"decoder_{k}": v for k, v in VISION.items() if "size" not in k} | {
+        "decoder_hidden_size": 16, "decoder_intermediate_size": 16}, 48 if change == "another size" else 32
+    model = {
+        "random": lambda: t.ViTMAEModel(t.ViTMAEConfig(**VISION, **width)),
+        "no pooled state": lambda: t.SegformerModel(t.SegformerConfig(hidden_sizes=[8] * 4, depths=[1] * 4,
+                                                                      num_attention_heads=[1] * 4)),
+        "films": lambda: t.VideoMAEModel(t.VideoMAEConfig(**VISION, num_frames=2)),
+    }.get(change, lambda: t.ViTModel(t.ViTConfig(**VISION)))()
+    if change == "infinite":
+        torch.nn.init.constant_(model.layernorm.weight, 3e38)
+    model.save_pretrained(tmp_path)
+    t.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=words):
+        spaces.load(str(tmp_path))
+
+
 def test_the_attribute_classifier_is_a_space(tmp_path):
     file = judge_file(tmp_path / "a.safetensors")
     net, own = spaces.load(f"classifier:{file}"), Classifier(32).eval()
