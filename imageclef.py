@@ -89,7 +89,8 @@ def read_groups(pairs_file, real, real_paths, fake, fake_paths):
     real, fake: data folders. Real images of a prompt are those whose captions name it or a wording that the
     pairs couple with it. BadInput unless both prompts of some pair have images, and some prompt real ones.
     """
-    pairs = [(a, b) for a, b in wording.read_pairs("--pairs", pairs_file) if a != b]
+    found = [pair for pair in wording.read_pairs("--pairs", pairs_file) if pair[0] != pair[1]]
+    pairs = list({frozenset(pair): pair for pair in found}.values())  # in both orders it is one
     if not pairs:
         raise BadInput(f"--pairs {pairs_file}: every row repeats its prompt, expected other words for it")
     fakes, reals = rows_by_prompt(fake, fake_paths), rows_by_prompt(real, real_paths)

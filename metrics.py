@@ -66,6 +66,7 @@ from pixels import FORMATS, open_image, preprocess
 
 
 SPLITS, K, PARTS = 10, 3, 4
+LEAST_RESAMPLES = 20  # of a 95 % interval: of fewer, it is one of their extremes
 K_DENSITY = 5  # of density and coverage, as Naeem et al. choose it
 SOFTMAX = ("imageclef", "imageclef-resized")  # the protocols whose features are softmax outputs
 RESULT = ("fid", "protocol", "n_fake", "kid_subset_size", "weights_published")  # keys of a --json file
@@ -348,7 +349,7 @@ def parse(argv):
     parser.add_argument("--kid-subset-size", type=int,
                         help="images in each of 100 random subsets; unset, whole sets")
     parser.add_argument("--bootstrap", type=int, default=100,
-                        help="resamples of each 95 %% interval; 0: none, which saves that many distances")
+                        help="resamples of each 95 %% interval, 20 or more; 0: none, which saves time")
     parser.add_argument("--real-stats", type=Path,
                         help="file of the real features, written if absent, else read")
     parser.add_argument("--cache", type=Path,
@@ -365,9 +366,12 @@ def parse(argv):
                        "expected --real, a folder")
     if stats and stats.suffix != ".safetensors" and not (stats.suffix == ".npz" and stats.is_file()):
         raise BadInput(f"{stats}: expected a .safetensors file, or an .npz that is there already")
-    if args.batch_size < 1 or args.workers < 0 or args.bootstrap < 0:
-        raise BadInput("expected --batch-size >= 1, --workers >= 0 and --bootstrap >= 0, "
-                       f"got {args.batch_size}, {args.workers} and {args.bootstrap}")
+    if args.batch_size < 1 or args.workers < 0:
+        raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
+                       f"got {args.batch_size} and {args.workers}")
+    if args.bootstrap and args.bootstrap < LEAST_RESAMPLES:
+        raise BadInput(f"--bootstrap {args.bootstrap}: expected at least {LEAST_RESAMPLES} resamples for an "
+                       "interval of 95 %, or 0 for none")
     stats = None if stats and stats.is_file() else stats    # it is written
     check_writable(json=args.json, real_stats=stats)
     check_replaced(json=(args.json, "a result of metrics.py", is_result),
@@ -380,6 +384,9 @@ def check_space(args):
     of_2025 = args.protocol == "imageclef2025"
     if args.features is None:
         args.features = imageclef.ENCODER if of_2025 else "inception"
+    if args.features in ("", "classifier:"):
+        raise BadInput(f"--features {args.features!r}: expected inception, a vision model by folder or name, "
+                       "or classifier:FILE")
     if args.features != "inception":
         if args.protocol in SOFTMAX:
             raise BadInput(f"--features {args.features}: --protocol {args.protocol} has features of its own")

@@ -174,7 +174,7 @@ def folders(tmp_path):
             rows.append([f"{i:02}.png", PROMPTS[(4 // n_prompts) * (i % n_prompts)]])
         with open(tmp_path / name / "prompts.csv", "w", newline="") as f:
             csv.writer(f).writerows([[column, "Prompt"], *rows])
-    (tmp_path / "pairs.csv").write_text("Prompt,Paraphrase\none polyp,a single polyp\n"
+    (tmp_path / "pairs.csv").write_text("Prompt,Paraphrase\none polyp,a single polyp\na single polyp,one polyp\n"
                                         "no polyp,a clean colon\ntwo polyps,a pair of polyps\n")
     return tmp_path
 
@@ -233,7 +233,10 @@ def test_two_processes_give_the_figures_of_one_in_another_space(folders, encoder
     (["--protocol", "imageclef2025", "--pairs", "p.csv", "--real-stats", "s.safetensors"],
      "not --real-stats"),
     (["--protocol", "imageclef2025", "--pairs", "absent.csv"], "absent.csv: no such file"),
-    (["--bootstrap", "-1"], "--bootstrap >= 0"),
+    (["--bootstrap", "-1"], "--bootstrap -1: expected at least 20 resamples"),
+    (["--bootstrap", "1"], "--bootstrap 1: expected at least 20 resamples"),
+    (["--features", ""], "--features '': expected inception, a vision model"),
+    (["--features", "classifier:"], "--features 'classifier:': expected .* classifier:FILE"),
 ])
 def test_flags_that_do_not_belong_together(folders, flags, words):
     with pytest.raises(BadInput, match=words) as error:
