@@ -9,10 +9,14 @@ from command import BadInput, at_least_one
 
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import data
+import spaces
 import trials
+import vae
+import wording
 from files import file_hash, read_json, write_csv
 from tables import wilson
 
@@ -29,6 +33,11 @@ ARMS = {  # what differs from the baseline
     "paraphrases-mix": {"mix-p": 0.5},
     "paraphrases-replace": {"strategy": "replace", "mix-p": None},
 }
+# What an arm gives itself, so that the further flags of each cannot.
+OWN = {"training": ("--preset", "--data", "--vae", "--init", "--paraphrases", "--seed", "--out", "--steps",
+                    "--no-self-conditioning", *(f"--{name}" for name in OFF)),
+       "sampling": ("--ckpt", "--prompt", "--prompts", "-n", "--seed", "--out"),
+       "judging": ("--real", "--fake", "--classifier", "--json")}
 SAMPLING = {"tiny": "--solver dpmpp --steps 20", "demo": "--solver dpmpp --steps 20", "paper": ""}
 COLUMNS = {  # figure of a result: heading
     "loss": "held-out loss",
@@ -99,24 +108,41 @@ def make_vae(args, folder):
     return trials.validation(folder)
 
 
+def check_files(args):
+    """BadInput for files of the flags that a later command would refuse, hours later."""
+    if args.vae:
+        vae.load(args.vae)
+    if args.classifier:
+        spaces.load(f"classifier:{args.classifier}")
+    if args.paraphrases:
+        wording.read(Namespace(paraphrases=args.paraphrases, data=args.data, captions=None, strategy=None,
+                               mix_p=None))
+    trials.check_space(args)
+
+
 def prepare(args):
-    """Check the flags, claim the folder, and make what all arms share."""
+    """Check the flags; returns (settings of the folder, records of the real images)."""
     at_least_one(args, "steps", "seeds", "images", "per_value")
     args.out, args.real = Path(args.out), args.real or args.data
     args.judge = args.judge or args.real
     if args.sampling is None:
         args.sampling = SAMPLING[args.preset]
-    for flag in ("training", "sampling", "judging"):
-        trials.words_of(f"--{flag}", getattr(args, flag))
+    for flag, own in OWN.items():
+        trials.words_of(f"--{flag}", getattr(args, flag), own)
     if args.images < 10:
         raise BadInput(f"--images {args.images}: expected 10 or more, as metrics.py does")
     files = ("vae", "paraphrases", "classifier")
     hashes = {k: getattr(args, k) and file_hash(getattr(args, k)) for k in files}
+    check_files(args)
     records = {folder: data.read_folder(folder) for folder in {args.data, args.real, args.judge}}
     settings = {k: getattr(args, k) for k in ("preset", "steps", "images", "per_value", "training",
                                               "sampling", "judging", "features", "weights")}
-    trials.claim(args.out, settings | hashes | {
-        k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")})
+    prints = {k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")}
+    return settings | hashes | prints, records[args.real]
+
+
+def make_shared(args, real):
+    """What all arms share: autoencoder, paraphrases, prompts; real: the records that these are of."""
     args.classifier = args.classifier or args.out / "judge.safetensors"
     if not args.vae:
         args.vae = args.out / "vae/best.safetensors"
@@ -127,17 +153,19 @@ def prepare(args):
     if not (args.out / "prompts-faithfulness.csv").exists():
         trials.run("judges.py", "prompts", "--per-value", args.per_value, "--out",
                    args.out / "prompts-faithfulness.csv")
-    write_prompts(args.out / "prompts-images.csv", records[args.real], args.images)
+    write_prompts(args.out / "prompts-images.csv", real, args.images)
 
 
 def ablation(args):
     """Every arm with the first seed, then with the next: a table that is not complete is of use."""
-    prepare(args)
+    settings, real = prepare(args)
     cells = {(seed, arm): args.out / f"seed-{seed}" / arm for seed in range(args.seeds) for arm in args.arms}
-    for i, ((seed, arm), folder) in enumerate(cells.items(), 1):
-        print(f"\n{args.out}: {i} of {len(cells)}, {arm}, seed {seed}", file=sys.stderr)
-        trials.cell(folder, lambda folder, arm=arm, seed=seed: make_arm(args, arm, seed, folder))
-        write_tables(args)
+    with trials.claimed(args.out, settings):
+        make_shared(args, real)
+        for i, ((seed, arm), folder) in enumerate(cells.items(), 1):
+            print(f"\n{args.out}: {i} of {len(cells)}, {arm}, seed {seed}", file=sys.stderr)
+            trials.cell(folder, lambda folder, arm=arm, seed=seed: make_arm(args, arm, seed, folder))
+            write_tables(args)
     print((args.out / "ablation.md").read_text(encoding="utf-8"))
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import data
 import inception
+import msdm
 import trials
 from classifier import default_file
-from files import check_replaced, read_json, replacing
+from files import check_replaced, file_hash, read_json, replacing
 from metrics import SOFTMAX
 from pixels import open_image
 
 MADE_BY = b"experiments.py submission"  # the comment of its zip files
+OWN = ("--ckpt", "--prompt", "--prompts", "-n", "--out")  # what sampler.py gets here, and --sampling cannot
 OFFICIAL = ("imageclef: the organisers' protocol of 2024; distances of softmax outputs, from 0 to 2. "
             "imageclef-resized: the same with images really resized. Neither compares with an FID of pooled "
             "features, and the organisers had Keras' weights, not torchvision's.")
@@ -46,7 +48,10 @@ def write_zip(path, files):
 def submission(args):
     """Sample an image for each prompt of a file, those that are missing, and zip them in order."""
     out = Path(args.out)
+    if not out.name:
+        raise BadInput(f"--out {args.out}: expected a folder with a name, which the zip gets too")
     file = out.with_name(f"{out.name}.zip")
+    trials.words_of("--sampling", args.sampling, OWN)
     prompts = data.read_prompts(args.prompts)
     data.check_writable(out=file)
     check_replaced(out=(file, "a zip of experiments.py submission", is_submission))
@@ -69,6 +74,15 @@ def name_of(source):
     return re.sub(r"\W+", "-", str(source).removesuffix(".safetensors")).strip("-")
 
 
+def hash_of(source):
+    """Of a checkpoint, or of the images and prompts of a folder of sampler.py; None of a published model."""
+    source = Path(source)
+    if (source / "prompts.csv").exists():
+        return data.fingerprint(data.read_folder(source))
+    file = msdm.checkpoint_in(source) if source.is_dir() else source
+    return file_hash(file) if file and Path(file).is_file() else None
+
+
 def measure(args, source, folder):
     """Sample a checkpoint, or take the folder of images that is given, and measure it; its figures."""
     images = Path(source)
@@ -76,7 +90,7 @@ def measure(args, source, folder):
         images = folder / "images"
         trials.run("sampler.py", "--ckpt", source, "--prompts", args.prompts, "--out", images,
                    *trials.words_of("--sampling", args.sampling), processes=trials.devices())
-    result = {"source": str(source), "n": len(data.read_folder(images))}
+    result = {"source": str(source), "hash": hash_of(source), "n": len(data.read_folder(images))}
     for name, flags in args.measures.items():
         if flags[1].startswith("classifier:") and not Path(flags[1].partition(":")[2]).exists():
             trials.run("judges.py", "faithfulness", "--real", args.data, "--fake", images)  # trains it
@@ -91,7 +105,10 @@ def measure(args, source, folder):
 def measures_of(args):
     """{name: flags of metrics.py}: both protocols, or else, said in a line, the space that is there."""
     if args.features:
-        return {"features": ["--features", args.features]}
+        trials.check_space(args)
+        return {"features": ["--features", args.features, *trials.given("--weights", args.weights)]}
+    if args.weights:
+        inception.ImageNetInception(args.weights)  # now, not when the images are made
     if args.weights or inception.cached_file("imagenet"):
         return {p: ["--protocol", p, *trials.given("--weights", args.weights)] for p in SOFTMAX}
     published = inception.PUBLISHED["imagenet"]
@@ -105,7 +122,7 @@ def measures_of(args):
 def table3(args):
     """Checkpoints, or folders of images, by the official protocol of 2024."""
     args.out = Path(args.out)
-    trials.words_of("--sampling", args.sampling)
+    trials.words_of("--sampling", args.sampling, OWN)
     folders = {source: args.out / name_of(source) for source in args.ckpts}
     if len(set(folders.values())) < len(folders):
         raise BadInput(f"{', '.join(args.ckpts)}: expected names that differ in more than their signs")
@@ -113,11 +130,15 @@ def table3(args):
         if not Path(source).exists() and source.endswith(".safetensors"):
             raise BadInput(f"{source}: no such file, expected a checkpoint or a folder of sampler.py")
     args.measures = measures_of(args)
-    trials.claim(args.out, {"data": data.fingerprint(data.read_folder(args.data)), "sampling": args.sampling,
-                            "prompts": data.read_prompts(args.prompts), "measures": args.measures})
-    for source, folder in folders.items():
-        trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
-        write_table(args)
+    settings = {"data": data.fingerprint(data.read_folder(args.data)), "sampling": args.sampling,
+                "prompts": data.read_prompts(args.prompts), "measures": args.measures}
+    with trials.claimed(args.out, settings):
+        for source, folder in folders.items():
+            made = trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
+            if (was := made.get("hash")) != (now := hash_of(source)):
+                raise BadInput(f"{folder}: holds the figures of {made.get('source')} with hash {was!r:.12}, "
+                               f"{source} has {now!r:.12}; remove that folder, or give another --out")
+            write_table(args)
     print((args.out / "table3.md").read_text(encoding="utf-8"))
 
 

@@ -22,6 +22,11 @@ VARIANTS = {"alpha-double": ["--alpha", 2 * VARIED], "alpha-half": ["--alpha", V
 CELLS = {f"rank-{r}": ["--rank", r] for r in RANKS} | {
     name: ["--rank", VARIED, *flags] for name, flags in VARIANTS.items()}
 STAGE_1 = {"rank": 32, "epochs": 40}
+# What a cell gives itself, so that the further flags of each cannot.
+OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--cache", "--out", "--shown", "--rank",
+                    "--alpha", "--dora", "--rslora", "--steps", "--epochs"),
+       "sampling": ("--ckpt", "--decoder", "--prior-lora", "--decoder-lora", "--prompt", "--prompts",
+                    "--out")}
 METRICS = ("fid", "precision", "recall")
 
 
@@ -62,26 +67,27 @@ def sweep(args, network, name):
     at_least_one(args, "steps")
     check_range(args, 0, float("inf"), "epochs")
     args.out, args.network = Path(args.out), network
-    for flag in ("training", "sampling"):
-        trials.words_of(f"--{flag}", getattr(args, flag))
+    for flag, own in OWN.items():
+        trials.words_of(f"--{flag}", getattr(args, flag), own)
+    trials.check_space(args)
     args.space = trials.space_flags(args)
     if args.space is None:
         print(trials.NO_SPACE, file=sys.stderr)
     settings = {k: getattr(args, k) for k in ("prior", "decoder", "steps", "epochs", "training", "sampling",
                                               "space")}
     other = args.decoder_lora if network == "prior" else args.prior_lora
-    trials.claim(args.out, settings | {
-        "data": data.fingerprint(data.read_folder(args.data)),
-        "prompts": text_hash(*data.read_prompts(args.prompts)),
-        "drawn_with": other and adapters.adapter_hash(adapters.located(other))})
-    if not other:
-        trials.cell(args.out / "stage-1", lambda folder: train(
-            args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))
-        args.decoder_lora = args.out / "stage-1/run/best"
-    for i, cell in enumerate(args.cells, 1):
-        print(f"\n{args.out}: {i} of {len(args.cells)}, {cell}", file=sys.stderr)
-        trials.cell(args.out / cell, lambda folder, cell=cell: make_cell(args, cell, folder))
-        write_table(args, name)
+    settings |= {"data": data.fingerprint(data.read_folder(args.data)),
+                 "prompts": text_hash(*data.read_prompts(args.prompts)),
+                 "drawn_with": other and adapters.adapter_hash(adapters.located(other))}
+    with trials.claimed(args.out, settings):
+        if not other:
+            trials.cell(args.out / "stage-1", lambda folder: train(
+                args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))
+            args.decoder_lora = args.out / "stage-1/run/best"
+        for i, cell in enumerate(args.cells, 1):
+            print(f"\n{args.out}: {i} of {len(args.cells)}, {cell}", file=sys.stderr)
+            trials.cell(args.out / cell, lambda folder, cell=cell: make_cell(args, cell, folder))
+            write_table(args, name)
     print((args.out / f"{name}.md").read_text(encoding="utf-8"))
 
 
@@ -103,7 +109,11 @@ def best_prior(folder):
     if not file.exists():
         raise BadInput(f"{file}: no such file, expected the result of table1; run that first, or give the "
                        "prior's adapter by --prior-lora FOLDER")
-    rows = read_json(file)["results"]
+    rows = read_json(file).get("results") or []
+    if not isinstance(rows, list) or not rows or not all(
+            isinstance(row, dict) and row.keys() >= {"cell", "fid", "val_loss"} for row in rows):
+        raise BadInput(f"{file}: expected the result of table1, with cells in its results; run table1 again "
+                       "in its folder")
     key = "fid" if all(row["fid"] is not None for row in rows) else "val_loss"
     best = min(rows, key=lambda row: row[key])
     print(f"the best prior of {file} by {key} is {best['cell']}", file=sys.stderr)

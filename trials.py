@@ -7,6 +7,7 @@ of these files alone, so a table that is not complete yet holds what is there.
 
 from command import BadInput
 
+import contextlib
 import math
 import shlex
 import signal
@@ -19,6 +20,7 @@ import scipy.stats
 import torch
 
 import inception
+import spaces
 from files import create_json, read_json, remove_unfinished, replacing, write_json
 from runfolder import read_log
 
@@ -58,12 +60,22 @@ def devices():
     return max(1, torch.cuda.device_count())
 
 
-def words_of(flag, text):
-    """The words of further flags in one string, as a shell splits them."""
+def words_of(flag, text, own=()):
+    """The words of further flags in one string, as a shell splits them.
+
+    BadInput for one of own, the flags that the experiment gives itself: the last one counts for a command, so
+    it would take the place of what the experiment compares. argparse takes the beginning of a name for it.
+    """
     try:
-        return shlex.split(text or "")
+        words = shlex.split(text or "")
     except ValueError as error:
         raise BadInput(f"{flag} {text!r}: {error}") from None
+    for word in words:
+        name = word.partition("=")[0]
+        for o in own:
+            if name == o or len(name) > 2 and (o.startswith(name) if name[:2] == "--" else name[:2] == o):
+                raise BadInput(f"{flag} {text!r}: the experiment gives {o} itself; leave {word} out")
+    return words
 
 
 def given(flag, value):
@@ -74,20 +86,36 @@ def given(flag, value):
 # Folders
 
 
-def claim(out, settings):
-    """Write settings.json into the folder of an experiment; BadInput if it holds another one's."""
-    out = Path(out)
+@contextlib.contextmanager
+def claimed(out, settings):
+    """`with claimed(out, settings):` the folder of an experiment is this one's, by its settings.json.
+
+    BadInput if it holds another one's. A refusal before anything is made leaves the folder as it was, so that
+    the mended command is not taken for another experiment.
+    """
     file = out / "settings.json"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    if not file.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    if not file.exists() and out.exists() and _made(out):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
-    if not create_json(file, settings):
+    if not (is_new := create_json(file, settings)):
         old = read_json(file)
         for k in sorted(old.keys() | settings.keys()):
             if old.get(k) != settings.get(k):
                 raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
                                "give another --out")
     remove_unfinished(out, "*.json", "*.md", "*.csv")
+    try:
+        yield
+    except BadInput:
+        if is_new and _made(out) == [file]:
+            file.unlink()
+            with contextlib.suppress(OSError):  # the hidden files of others
+                out.rmdir()
+        raise
+
+
+def _made(out):
+    return [p for p in out.iterdir() if not p.name.startswith(".")]
 
 
 def cell(folder, make):
@@ -133,6 +161,17 @@ def space_flags(args, classifier=None):
     if inception.cached_file("fid"):
         return []
     return ["--features", f"classifier:{classifier}"] if classifier else None
+
+
+def check_space(args):
+    """BadInput for a space that metrics.py cannot use: said before a cell is trained, not after it."""
+    if args.features not in (None, "inception"):
+        if args.weights:
+            raise BadInput(f"--weights {args.weights}: is of the Inception; the features are those of "
+                           f"{args.features}")
+        spaces.load(args.features)
+    elif args.weights:
+        inception.Inception(args.weights)
 
 
 def space_of(file):

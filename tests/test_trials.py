@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 import tiny_kandinsky
-from helpers import PROMPTS, tiny_msdm
+from helpers import PROMPTS, judge_file, tiny_msdm
 
 import ablation
 import experiments
@@ -72,14 +72,18 @@ def test_an_interval_of_students_t_is_that_of_scipys_own_test():
 
 
 def test_a_folder_belongs_to_one_experiment_and_a_cell_is_made_once(tmp_path):
-    trials.claim(tmp_path / "a", {"steps": 20})
-    trials.claim(tmp_path / "a", {"steps": 20})
+    def claim(name, **settings):
+        with trials.claimed(tmp_path / name, settings):
+            (tmp_path / name / "cell").mkdir(exist_ok=True)
+
+    claim("a", steps=20)
+    claim("a", steps=20)
     with pytest.raises(BadInput, match="a: holds results of steps=20, now steps=30; give another --out"):
-        trials.claim(tmp_path / "a", {"steps": 30})
+        claim("a", steps=30)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/mine.txt").touch()
     with pytest.raises(BadInput, match="b: not empty and without settings.json"):
-        trials.claim(tmp_path / "b", {})
+        claim("b")
     made = []
     for _ in range(2):
         assert trials.cell(tmp_path / "c", lambda folder: made.append(folder) or {"x": 1}) == {"x": 1}
@@ -111,6 +115,47 @@ def test_the_validation_of_a_run_is_that_of_its_best_checkpoint_after_step_0(tmp
         trials.validation(tmp_path)
     log.write_text(log.read_text() + '{"step": 5, "val_loss": 0.4}\n{"step": 9, "val_loss": 0.6}\n')
     assert trials.validation(tmp_path) == {"step": 5, "val_loss": 0.4}
+
+
+def test_an_experiment_whose_first_command_refuses_leaves_no_folder(tmp_path):
+    for made, left in ((None, []), ("cell", ["cell", "settings.json"])):
+        with pytest.raises(BadInput, match="refused"), trials.claimed(tmp_path / "a", {"training": "--oops"}):
+            if made:
+                (tmp_path / "a" / made).mkdir()
+            raise BadInput("refused")
+        assert sorted(p.name for p in tmp_path.rglob("*") if p.name != "a") == left
+    with pytest.raises(BadInput, match="holds results"), trials.claimed(tmp_path / "a", {"training": ""}):
+        raise AssertionError
+
+
+def test_further_flags_are_none_that_the_experiment_gives_itself():
+    own = ("--seed", "--out", "-n", "--prompts")
+    assert trials.words_of("--sampling", "--steps 2 --negative-prompt 'a -n b' --size 8", own) == [
+        "--steps", "2", "--negative-prompt", "a -n b", "--size", "8"]
+    for text, of in (("--seed 1", "--seed"), ("--steps 2 --se=1", "--seed"), ("-n 2", "-n"), ("-n2", "-n"),
+                     ("--prompt x", "--prompts")):
+        with pytest.raises(BadInput, match=f"--sampling '{text}': the experiment gives {of} itself; leave"):
+            trials.words_of("--sampling", text, own)
+    with pytest.raises(BadInput, match="No closing quotation"):
+        trials.words_of("--sampling", "--a 'b")
+
+
+def test_what_an_ablation_cannot_use_is_said_before_anything_is_made(made, tmp_path, commands):
+    flags = ["ablation", "--data", made / "data", "--out", tmp_path / "a"]
+    judge, other = judge_file(tmp_path / "judge.safetensors"), tmp_path / "else.csv"
+    other.write_text("Prompt,Paraphrase\nx,y\n")
+    for more, words in (
+            (["--training=--dropout 0.5"], "the experiment gives --dropout itself"),
+            (["--training=--no-self 1"], "the experiment gives --no-self-conditioning itself"),
+            (["--vae", judge], "judge.safetensors"),
+            (["--classifier", other], "else.csv: expected an attribute classifier"),
+            (["--paraphrases", other], "have no paraphrase"),
+            (["--features", "absent"], "absent: no such folder"),
+            (["--features", f"classifier:{judge}", "--weights", "rule"], "--weights rule: is of"),
+            (["--weights", tmp_path / "absent.pth"], "absent.pth")):
+        with pytest.raises((BadInput, OSError), match=words):
+            main(*flags, *more)
+        assert not (tmp_path / "a").exists() and not commands.ran, more
 
 
 @pytest.mark.parametrize("status, raised", [(2, BadInput), (130, KeyboardInterrupt)])
@@ -258,6 +303,10 @@ def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path):
     rows[0]["fid"] = None
     write_json(tmp_path / "table1.json", {"results": rows})
     assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-4/run/best")
+    for wrong in ({}, {"results": []}, {"results": [{"cell": "rank-4"}]}, {"results": 1}):
+        write_json(tmp_path / "table1.json", wrong)
+        with pytest.raises(BadInput, match="table1.json: expected the result of table1, with cells"):
+            sweeps.best_prior(tmp_path)
 
 
 # The submission
@@ -288,6 +337,9 @@ def test_a_submission_is_a_zip_in_order_and_the_same_bytes_again(checkpoint, tmp
     (tmp_path / "s.zip").write_bytes(b"mine")
     with pytest.raises(BadInput, match="s.zip: would be replaced and is not a zip of"):
         main(*flags)
+    for name in (".", "/"):
+        with pytest.raises(BadInput, match="expected a folder with a name"):
+            main("submission", "--ckpt", checkpoint, "--prompts", tmp_path / "p.txt", "--out", name)
 
 
 def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, tmp_path, commands, made):
@@ -304,6 +356,11 @@ def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, 
     found = json.loads((tmp_path / "t" / submission.name_of(tmp_path / "s") / "imageclef.json").read_text())
     shown = float(own[1].split()[0])
     assert shown == pytest.approx(found["fid"], rel=0.05, abs=1e-9) and 0 <= shown <= 2
+    tensors, meta = load_safetensors(checkpoint)
+    save_safetensors(checkpoint, tensors, meta | {"step": 7})  # trained on, under the same name
+    with pytest.raises(BadInput, match=f"holds the figures of {checkpoint} with hash .*; remove that folder"):
+        main("table3", checkpoint, "--data", made / "data", "--prompts", tmp_path / "p.txt",
+             "--out", tmp_path / "t", "--sampling=--steps 1", "--weights", "rule")
 
 
 def test_without_imagenet_weights_table_3_says_what_is_missing_and_names_its_space(monkeypatch, capsys):
