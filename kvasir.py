@@ -219,7 +219,10 @@ def convert_vqa(src, out, captions):
     left_out["images that no row or caption gives a prompt"].update(without)
     found = {path: found[path] for path in images if found.get(path)}
     if not found:
-        raise BadInput(f"{table}: no answer makes a prompt; its questions are none of Kvasir-VQA's")
+        why = next((f"{names.total()} {why}, the first is {next(iter(names))!r:.100}"
+                    for why, names in left_out.items() if "answers" in why and names), "all say nothing")
+        raise BadInput(f"{table}: no answer makes a prompt ({why}); expected questions and answers of "
+                       "Kvasir-VQA")
     check_out(src, out, found)
     write_folder(out, found, TERMS["vqa"], left_out)
 
