@@ -9,6 +9,7 @@ few images compares checkpoints of one run, and nothing else.
 
 from command import BadInput, fast_dtype
 
+import contextlib
 import sys
 
 import numpy as np
@@ -19,7 +20,7 @@ import training
 from data import batches, image_fingerprint
 from diffusion import sample_in_batches
 from distances import fid, precision_recall
-from files import cached, text_hash
+from files import cached, load_metadata, text_hash
 from inception import Inception, cached_file
 from metrics import K, extract
 
@@ -130,8 +131,9 @@ class Selection:
                 precision, recall = precision_recall(self.real, fake, K)
                 numbers = {"fid": fid(self.real, fake), "precision": precision, "recall": recall}
                 numbers = {k: float(f"{v:.6g}") for k, v in numbers.items()}  # as the log keeps them
-                if numbers["fid"] < min((line["fid"] for line in self.lines()), default=torch.inf):
-                    meta = model.metadata() | more | {"step": step, "space": self.space} | numbers
+                if numbers["fid"] < self.kept().get("fid", torch.inf):
+                    meta = model.metadata() | more | {"step": step, "space": self.space,
+                                                      "selection": self.key} | numbers
                     self.run.save_checkpoint("best-fid", model.tensors(), meta)
                 self.run.log(step=step, **numbers, space=self.space, selection=self.key)
 
@@ -144,11 +146,17 @@ class Selection:
         found = (self.net(images[part], "tf1") for part in batches(len(images), 32))
         return torch.cat([next(x[n] for n in NAMES if n in x).float().cpu() for x in found])
 
+    def kept(self):
+        """The metadata of best-fid.safetensors; {} if it is absent, broken or of other selections."""
+        with contextlib.suppress(BadInput, OSError):
+            meta = load_metadata(self.run.folder / "best-fid.safetensors")
+            if meta.get("selection") == self.key:
+                return meta
+        return {}
+
     def best(self):
         """A line on the best FID so far."""
-        lines = self.lines()
-        if not lines:
+        if not (meta := self.kept()):
             return "no FID yet"
-        line = min(lines, key=lambda line: line["fid"])
-        return (f"{self.run.folder / 'best-fid.safetensors'}: FID {line['fid']:.4g} of {self.space} at step "
-                f"{line['step']}")
+        return (f"{self.run.folder / 'best-fid.safetensors'}: FID {meta['fid']:.4g} of {self.space} at step "
+                f"{meta['step']}")

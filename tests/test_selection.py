@@ -4,6 +4,7 @@ from command import BadInput
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,28 @@ def test_selection_changes_nothing_in_the_training(made):
         assert plain.keys() == ours.keys() and all(torch.equal(plain[k], ours[k]) for k in plain)
     rest = [line for line in log_lines(made / "run") if "fid" not in line]
     assert rest == log_lines(made / "plain")
+
+
+def test_a_best_checkpoint_that_is_not_there_any_more_is_made_by_the_next_selection(made, tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "run/best-fid.safetensors"
+    shutil.copytree(made / "run", run)
+    meta, of = load_metadata(file), SimpleNamespace(run=SimpleNamespace(folder=run), key="other")
+    assert selection.Selection.kept(of) == {}               # of other prompts or real images
+    of.key = meta["selection"]
+    assert selection.Selection.kept(of) == meta
+    file.write_bytes(b"half")
+    assert selection.Selection.kept(of) == {}
+    file.unlink()
+    assert selection.Selection.kept(of) == {}
+
+    log = [line | {"fid": 0.0} if "fid" in line else line for line in log_lines(run)]  # none will be less
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    words = [*flags(made), *selecting(made), "--out", run]
+    words[words.index("--steps") + 1] = 16
+    in_process(*words)
+    meta, line = load_metadata(file), fids(run)[-1]
+    assert (meta["step"], line["step"], meta["fid"]) == (16, 16, line["fid"])
+    assert f"FID {line['fid']:.4g} of {line['space']} at step 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("moment", ["before it", "in the sampling", "before the line"])
