@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classifier import Classifier, is_judge
+from classifier import VALUES, Classifier, is_judge
 from files import file_hash, load_metadata, load_safetensors
 from inception import ImageEncoder
 from weights import described_by, load_state
@@ -30,8 +30,12 @@ class ClassifierFeatures(nn.Module):
         if not is_judge(file):
             raise BadInput(f"{file}: expected an attribute classifier, as judges.py faithfulness writes it "
                            "(FOLDER.judge-64.safetensors beside the folder)")
+        meta = load_metadata(file)
+        if meta.get("values", known := [list(v) for v in VALUES]) != known:
+            raise BadInput(f"{file}: made by another version, whose values are not this one's; train it "
+                           "again with judges.py faithfulness")
         with described_by(file), torch.device("meta"):
-            self.size = int(load_metadata(file)["size"])
+            self.size = int(meta["size"])
             if self.size < 32 or self.size % 16:
                 raise ValueError(f"size={self.size}, expected a multiple of 16 from 32")
             net = Classifier(self.size)

@@ -142,6 +142,13 @@ def test_a_model_that_makes_no_features_or_others_each_time_is_no_space(tmp_path
         spaces.load(str(tmp_path))
 
 
+def test_a_classifier_of_another_version_says_the_way_out(tmp_path):
+    tensors, meta = load_safetensors(judge_file(tmp_path / "j.safetensors"))
+    save_safetensors(tmp_path / "j.safetensors", tensors, meta | {"values": meta["values"][1:]})
+    with pytest.raises(BadInput, match="j.safetensors: made by another version.*again with judges"):
+        spaces.load(f"classifier:{tmp_path / 'j.safetensors'}")
+
+
 def test_the_attribute_classifier_is_a_space(tmp_path):
     file = judge_file(tmp_path / "a.safetensors")
     net, own = spaces.load(f"classifier:{file}"), Classifier(32).eval()
