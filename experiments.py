@@ -10,7 +10,7 @@ table3          Sec. 5.2    models by the organisers' protocol (submission.py)
     python experiments.py paraphrase --data prompts.csv --model Qwen/Qwen2.5-7B-Instruct --out FILE.csv
 """
 
-from command import BadInput, at_least_one, check_range, fast_dtype, run_command
+from command import BadInput, check_range, fast_dtype, run_command
 
 import argparse
 import functools
@@ -33,6 +33,7 @@ from weights import fetch
 # Paraphrases
 
 HEADER = ["Prompt", "Paraphrase"]
+MOST = 1000  # paraphrases of a prompt: the grammar finds them by chance, a second for a thousand
 ROUNDS = 4  # times that a language model is asked for the paraphrases of a prompt that are missing
 INSTRUCTION = ("Rewrite this request for an endoscopic image in other words. Keep every number, color, size, "
                "type, place and name, add nothing, and answer with the new request alone.")
@@ -126,7 +127,7 @@ def prompts_to_say(source):
 
 def paraphrase(args):
     """Write args.per_prompt paraphrases of each distinct prompt of args.data to the csv args.out."""
-    at_least_one(args, "per_prompt")
+    check_range(args, 1, MOST, "per_prompt")
     check_range(args, -2**63, 2**64 - 1, "seed")
     out = Path(args.out)
     if out.suffix.lower() != ".csv":

@@ -66,7 +66,8 @@ def add_flags(parser):
 def read(args):
     """The Wording of a command's flags; strategy and mix_p of args become what it has, or None.
 
-    BadInput for a file that cannot be used, a prompt of --data without a paraphrase, flags that do not fit.
+    BadInput for a file that cannot be used or has no other words, a prompt of --data without a paraphrase,
+    flags that do not fit.
     """
     if "paraphrases" not in args:  # Kandinsky's decoder reads no prompts
         return Wording()
@@ -85,6 +86,9 @@ def read(args):
                            f"paraphrase, the first is {without[0]!r:.100}; add a row for each, "
                            "experiments.py paraphrase writes them")
         found = {p: found[p] for p in prompts}
+    if (args.paraphrases or args.strategy) and not any(found.values()):
+        raise BadInput(f"{source}: each paraphrase is its own prompt, expected other words; experiments.py "
+                       "paraphrase writes them")
     if found:
         args.strategy = args.strategy or "add"
         args.mix_p = 0.5 if args.strategy == "mix" and args.mix_p is None else args.mix_p

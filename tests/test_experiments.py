@@ -45,6 +45,8 @@ def test_paraphrases_go_on_with_the_same_settings_only(tmp_path):
     assert out.read_bytes() == whole and "8 asked for now, 8 kept" in done.stdout
     error = run("experiments.py", *flags, "--out", out, "--seed", 1, expect=2).stderr
     assert "seed=0, now seed=1" in error and out.read_bytes() == whole
+    error = run("experiments.py", *flags, "--out", tmp_path / "b.csv", "--per-prompt", 10**9, expect=2).stderr
+    assert "--per-prompt 1000000000: expected a finite number from 1 up to 1000" in error
     (tmp_path / "mine.csv").write_text("Prompt,Paraphrase\n")
     assert "not made by this command" in run("experiments.py", *flags, "--out", tmp_path / "mine.csv",
                                              expect=2).stderr

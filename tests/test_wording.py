@@ -124,6 +124,7 @@ def test_a_column_of_the_captions_file_is_read_as_a_file_of_paraphrases_is(folde
     ({}, [ROWS[0]], "p.csv: 1 of 2 prompts of .* no paraphrase, the first is 'no text'; add a row"),
     ({}, [*ROWS, ("no text", "")], "p.csv, row 7: the prompt is empty"),
     ({}, [], "p.csv: no rows, expected a prompt and a paraphrase"),
+    ({"strategy": "replace"}, [(p, p) for p, _ in ROWS], "p.csv: each paraphrase is its own prompt"),
     ({"mix_p": 0.5}, ROWS, "--mix-p 0.5: expected --strategy mix"),
     ({"mix_p": 1.5, "strategy": "mix"}, ROWS, "--mix-p 1.5: expected a finite number from 0 up to 1"),
     ({"paraphrases": None, "strategy": "add"}, ROWS, "--strategy add: no paraphrases; expected --para"),
