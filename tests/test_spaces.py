@@ -181,7 +181,8 @@ def folders(tmp_path):
             rows.append([f"{i:02}.png", PROMPTS[(4 // n_prompts) * (i % n_prompts)]])
         with open(tmp_path / name / "prompts.csv", "w", newline="") as f:
             csv.writer(f).writerows([[column, "Prompt"], *rows])
-    (tmp_path / "pairs.csv").write_text("Prompt,Paraphrase\none polyp,a single polyp\na single polyp,one polyp\n"
+    (tmp_path / "pairs.csv").write_text("Prompt,Paraphrase\none polyp,a single polyp\n"
+                                        "a single polyp,one polyp\n"
                                         "no polyp,a clean colon\ntwo polyps,a pair of polyps\n")
     return tmp_path
 
