@@ -1,6 +1,6 @@
 """The real commands, end to end, on a few rendered images: render, train, kill, go on, sample."""
 
-from command import run_command
+from command import BadInput, run_command
 
 import importlib
 import json
@@ -22,6 +22,7 @@ import msdm
 import sampler
 import vae
 from files import file_hash, load_metadata, load_safetensors, save_safetensors
+from runfolder import read_run
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,14 @@ def test_a_folder_of_another_kind_is_not_taken_for_a_run(made, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = run("msdm.py", *msdm_flags(made), "--out", tmp_path, expect=2)
     assert "something else than a training run" in done.stderr
+
+
+@pytest.mark.parametrize("total", ['"4"', "0", "true", "null", "4.0"])
+def test_a_damaged_number_in_a_run_s_settings_is_refused(tmp_path, total):
+    (tmp_path / "config.json").write_text(
+        f'{{"settings": {{}}, "data": "", "versions": {{}}, "images_a_step": {total}}}')
+    with pytest.raises(BadInput, match="config.json: images_a_step=.* expected a number of images"):
+        read_run(tmp_path)
 
 
 def test_a_run_can_be_repeated_from_its_folder(made, tmp_path):
