@@ -61,7 +61,7 @@ def read_run(folder):
             or not isinstance(config["settings"], dict):
         raise BadInput(f"{folder}: holds something else than a training run; give a new or empty folder")
     if type(total := config.get("images_a_step", 1)) is not int or total < 1:
-        raise BadInput(f"{folder / 'config.json'}: images_a_step={total!r:.100}, expected a number of images; "
+        raise BadInput(f"{folder}/config.json: images_a_step={total!r:.100}, expected a number of images; "
                        "the file is damaged")
     return config
 
