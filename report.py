@@ -176,7 +176,7 @@ def overview(found):
         rows = [[number(path, r, k) or 0 for k in ("n", "share")] for r in rows]
         if total := sum(n for n, _ in rows):
             hits = sum(n * share for n, share in rows) / total
-            tiles.append((f"{hits:.0%}", f"of {shown(total)} things that prompts ask for, found by the judge"))
+            tiles.append((f"{hits:.0%}", f"of {shown(total)} requests of prompts, found by the judge"))
     if found.memorisation:
         verdict = str(found.memorisation[1]["verdict"]).split(":")[0]
         tiles.append((verdict[:1].upper() + verdict[1:], "verdict on copies of training images"))
