@@ -26,8 +26,8 @@ from pixels import FORMATS, SIDE
 from tables import interval, print_table, wilson, write_table
 
 # Residual of copies.closest below which an image is a copy: so much of the smallest one among held-out images
-# of the same data, within these bounds. Kvasir-SEG: different patients have at least 0.96, planted copies at
-# most 0.64; phantoms, whose drawn surfaces are alike, 0.44 and 0.67, most copies below 0.4.
+# of the same data, within these bounds. Kvasir-SEG: images of other scenes have at least 0.95, copies seldom
+# above 0.7; phantoms, whose drawn surfaces are alike, 0.44 (tests/planted_copies.py, docs/results.md).
 OF_HELD_OUT, LEAST, COPY = 0.8, 0.3, 0.7
 SHOWN = 20              # copies that are named on the screen
 FEWEST = 20             # images below which none too close says little: the interval of 0 of 19 ends at 0.17
@@ -115,8 +115,13 @@ def copy_limit(held_out, originals, device):
     near = (residual < COPY).nonzero()[:, 0].tolist()
     frames = [k for k in near if repeats(torch.stack([held_out[k], originals[index[k]]]))]
     residual[frames] = 1.0
-    limit = min(COPY, max(LEAST, OF_HELD_OUT * float(residual.min())))
+    limit = limit_of(residual)
     return limit, frames, int((residual < limit).sum())
+
+
+def limit_of(residuals) -> float:
+    """The residual below which an image is a copy, by those of held-out images of other scenes."""
+    return min(COPY, max(LEAST, OF_HELD_OUT * float(residuals.min())))
 
 
 def copies_among(images, records, originals, train, limit, device):

@@ -155,7 +155,7 @@ def add_flags(parser, network):
         flag("--decoder-lora", help="adapter of the decoder to sample with; None: stage 1 is trained")
     else:
         flag("--prior-lora", help="adapter of the prior to sample with; None: the best of --table1")
-        flag("--table1", default="runs/table1", help="folder of table 1")
+        flag("--table1", default="runs/tables/table1", help="folder of table 1")
     flag("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL",
          help="which, for several machines on one folder")
     flag("--epochs", type=float, default=100, help="passes over the pairs of image and prompt")
