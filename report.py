@@ -414,8 +414,9 @@ def memorisation_section(found):
         rows.append((str(r["images"]), shown(n), f"{shown(close)}{span}", shown(authentic)))
     protocol = (f"Generated images of {values.get('fake')} against training images of {values.get('train')}, "
                 f"held out: {values.get('held_out')}; distances of {values.get('features')}, "
-                f"{shown(values.get('size'))} px. Pairs, closest first: generated left, training right; "
-                "ratio: to the distance of the training image from its own nearest other.")
+                f"{shown(values.get('size'))} px. Pairs, copies first, then the closest: generated left, "
+                "training right; residual: what the best alignment leaves unexplained, 0 to 1; ratio: to the "
+                "distance of the training image from its own nearest other.")
     verdict = paragraph(str(values["verdict"]), "note" if values.get("flagged") else "")
     shares = table(("", "images", "too close (95 % interval)", "authentic"), rows)
     return section("copies", title, verdict, shares, paragraph(protocol), closest_pairs(found, path, values),
@@ -423,13 +424,17 @@ def memorisation_section(found):
 
 
 def closest_pairs(found, path, values):
-    """The closest pairs of a file of judges.py memorisation, side by side, where their images are there."""
+    """The copies and closest pairs of a file of judges.py memorisation, where their images are there."""
     folders = [Path(str(values.get(k))) for k in ("fake", "train")]
     known = [{p.name: p for root in (folder, folder / "images") if root.is_dir() for p in root.iterdir()}
              for folder in folders]
+    copied = [(row["image"], row["training"], f"copy, {row['form']}, residual", number(path, row, "residual"))
+              for row in rows_of(path, {"copies": []} | values, "copies", "image", "training", "form")]
+    others = [(row["generated"], row["training"], "ratio", number(path, row, "ratio"))
+              for row in rows_of(path, values, "pairs", "generated", "training")]
     pairs, gone = [], 0
-    for pair in rows_of(path, values, "pairs", "generated", "training")[:MOST_PAIRS]:
-        names = str(pair["generated"]), str(pair["training"])
+    for *names, what_far, far in [*copied, *others][:MOST_PAIRS]:
+        names = [str(name) for name in names]
         files = [there.get(name) for there, name in zip(known, names, strict=True)]
         both = [] if None in files else [image_or_failure(found, f) for f in files]
         if not both or None in both:
@@ -437,9 +442,8 @@ def closest_pairs(found, path, values):
             continue
         halves = "".join(picture(img, f"{what} {name}", THUMBNAIL)
                          for img, what, name in zip(both, ("generated", "training"), names, strict=True))
-        ratio = number(path, pair, "ratio")
-        far = f", ratio {ratio:.2f}" if ratio is not None else ""
-        pairs.append(figure(f'<div class="pair">{halves}</div>', f"{names[0]}, {names[1]}{far}"))
+        said = f", {what_far} {far:.2f}" if far is not None else ""
+        pairs.append(figure(f'<div class="pair">{halves}</div>', f"{names[0]}, {names[1]}{said}"))
     lost = f"{gone} pairs are not shown: their files are not in {folders[0]} and {folders[1]} any more."
     return f'<div class="pairs">{"".join(pairs)}</div>' + (paragraph(lost, "note") if gone else "")
 

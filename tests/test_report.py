@@ -122,6 +122,8 @@ COPIES = {"train": "data/p", "held_out": "10 % of train", "fake": "out/a", "feat
           "near": 0.3,
           "near_ratio": 0.7, "rows": [{"images": "generated", "n": 123, "too close": 0.0813, "low": 0.0012,
                                        "high": 0.2, "authentic": 0.6789, "median distance": 0.5678}],
+          "copies": [{"image": "000000.png", "training": "t7.png", "form": "mirrored", "shift": [0, 1],
+                      "residual": 0.0456}],
           "pairs": [{"generated": "000001.png", "training": "t7.png", "distance": 0.0123, "ratio": 0.3456},
                     {"generated": "000002.png", "training": "lost.png", "distance": 0.2, "ratio": 0.9}]}
 TWO = "Generate an image with 2 polyps."
@@ -157,12 +159,13 @@ def test_the_page_holds_every_value_of_the_files_and_loads_nothing(folder):
     assert [link for link in found.links if not link.startswith(("#", "data:image/jpeg;base64,"))] == []
     assert "script" not in found.tags and not re.search(r"@import|url\((?!#)", text)
     assert len(found.ids) == len(set(found.ids))
-    # two sheets; three generated images, two of them again under the value that fails; one pair
-    assert found.tags.count("img") == 2 + 3 + 2 + 2
+    # two sheets; three generated images, two of them again under the value that fails; a copy and a pair
+    assert found.tags.count("img") == 2 + 3 + 2 + 2 * 2
     # loss, gradient, learning rate; faithfulness in short and value by value
     assert found.tags.count("svg") == 5
     for said in ("dpmpp, 17 steps, guidance 4.25, seeds from 31; weights of this run", "33.58", "0.929",
                  "optimiser step", "share of images", "0.43 (0.07–0.59), n = 8", "1 pairs are not shown",
+                 "000000.png, t7.png, copy, mirrored, residual 0.05",
                  "The paper's figures are of other data and cannot be compared", "here it has 850"):
         assert said in found.text, said
 
