@@ -399,6 +399,8 @@ def check_space(args):
                        if of_2025 else f"--pairs {args.pairs}: only --protocol imageclef2025 reads it")
     if of_2025 and (args.real is None or args.real_stats):
         raise BadInput("--protocol imageclef2025: expected --real FOLDER with captions, not --real-stats")
+    if of_2025 and args.kid_subset_size is not None:
+        raise BadInput(f"--kid-subset-size {args.kid_subset_size}: --protocol imageclef2025 has no KID")
 
 
 def is_result(path):
