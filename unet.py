@@ -33,9 +33,11 @@ class UNetConfig:
     dropout: float = 0.1
     self_conditioning: bool = True
     # Ours: a skip connection around the second text layer, so that every token reaches the cross-attention at
-    # initialisation; and coordinate channels at the input and at the queries of the cross-attention.
+    # initialisation; coordinate channels at the input and at the queries of the attention; and attention
+    # between image positions at all levels but the finest.
     text_residual: bool = False
     coord_conv: bool = False
+    self_attention: bool = False
 
     def __post_init__(self):
         check_fields(self)
@@ -51,7 +53,8 @@ class UNetConfig:
 PRESETS = {
     "paper": UNetConfig(),
     "tiny": UNetConfig(in_channels=4, channels=(64, 64, 96, 128), time_dim=128, text_dim=128, n_heads=4,
-                       dropout=0.0, self_conditioning=False, text_residual=True, coord_conv=True),
+                       dropout=0.0, self_conditioning=False, text_residual=True, coord_conv=True,
+                       self_attention=True),
 }
 PRESETS["demo"] = replace(PRESETS["tiny"], in_channels=8, channels=(64, 64, 96))
 
@@ -281,18 +284,27 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A residual block, then cross-attention to the text."""
+    """A residual block, self-attention if it attends, then cross-attention to the text."""
 
-    def __init__(self, in_ch, out_ch, config):
+    def __init__(self, in_ch, out_ch, config, attends=False):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
-        self.text = AttentionBlock(out_ch, config.time_dim, config.time_dim, config.n_heads, config.dropout,
-                                   coord_conv=config.coord_conv)
-        for layer in (self.text.attention.to_q, self.text.attention.to_k, self.text.attention.to_v):
+        self.image = self._attention(out_ch, out_ch + 4 * config.coord_conv, config) if attends else None
+        self.text = self._attention(out_ch, config.time_dim, config)
+
+    @staticmethod
+    def _attention(ch, context_dim, config):
+        block = AttentionBlock(ch, config.time_dim, context_dim, config.n_heads, config.dropout,
+                               coord_conv=config.coord_conv)
+        for layer in (block.attention.to_q, block.attention.to_k, block.attention.to_v):
             init_unit_variance_(layer)  # logits of unit variance: attention is not uniform at the start
+        return block
 
     def forward(self, x, emb, text, text_mask):
-        return self.text(self.res(x, emb), emb, text, text_mask)
+        x = self.res(x, emb)
+        if self.image is not None:
+            x = self.image(x, emb)
+        return self.text(x, emb, text, text_mask)
 
 
 class UNet(nn.Module):
@@ -320,21 +332,21 @@ class UNet(nn.Module):
         self.down, skips, ch = nn.ModuleList(), [first], first  # skips: widths, taken from the end
         for i, width in enumerate(widths):
             for _ in range(2):
-                self.down.append(Stage(ch, width, config))
+                self.down.append(Stage(ch, width, config, config.self_attention and i > 0))
                 ch = width
                 skips.append(ch)
             if i + 1 < len(widths):
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
                 skips.append(ch)
 
-        self.mid_1 = Stage(ch, ch, config)
+        self.mid_1 = Stage(ch, ch, config, config.self_attention and len(widths) > 1)
         self.mid_2 = ResBlock(ch, ch, dim, dropout=config.dropout)
 
         self.up = nn.ModuleList()
         for i in reversed(range(len(widths))):
             finer = config.channels[i]  # a level ends at the width of the next, finer one
             for out_ch in (widths[i], widths[i], finer):
-                self.up.append(Stage(ch + skips.pop(), out_ch, config))
+                self.up.append(Stage(ch + skips.pop(), out_ch, config, config.self_attention and i > 0))
                 ch = out_ch
             if i > 0:
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))

@@ -6,6 +6,7 @@ from unet import (
     PRESETS,
     Attention,
     InItsDtype,
+    Stage,
     UNet,
     UNetConfig,
     attention,
@@ -95,6 +96,22 @@ def test_coordinates_say_where_a_pixel_lies():
     torch.testing.assert_close(where[0, :, 2, 4], torch.tensor([0.0, 0, 1, 1]))       # centre
     assert small(coord_conv=True).conv_in.in_channels == small().conv_in.in_channels + 4
     assert small(coord_conv=True)(*inputs()).shape == inputs()[0].shape
+
+
+def test_positions_attend_to_each_other_at_all_levels_but_the_finest():
+    net, sides = small(channels=(32, 32, 64, 64), self_attention=True), []
+    blocks = [m.image for m in net.modules() if isinstance(m, Stage) and m.image is not None]
+    for block in blocks:
+        torch.nn.init.zeros_(block.attention.to_q.weight)  # all positions are looked at alike
+        torch.nn.init.zeros_(block.feed_forward[2].weight)
+        block.register_forward_hook(lambda module, args, out: sides.append((args[0], out)))
+    net(*inputs())
+    assert [x.shape[-1] for x, _ in sides] == [4, 4, 2, 2, 2, 2, 2, 2, 4, 4, 4]
+    for x, out in sides:
+        mean = (out - x).mean((2, 3), keepdim=True)
+        assert mean.abs().max() > 1e-3
+        close(out - x, mean.expand_as(x), 1e-4)
+    assert not [m for m in small().modules() if isinstance(m, Stage) and m.image is not None]
 
 
 def test_attention_is_softmax_of_scaled_products():
