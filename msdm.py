@@ -250,7 +250,7 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
 
 DIFFUSION = {
     "paper": Diffusion(),
-    "tiny": Diffusion("v", "linear", 0.0001, 0.02, image_size=64),
+    "tiny": Diffusion("v", "linear", 0.0001, 0.02, image_size=64, guidance=2.5),
 }
 DIFFUSION["demo"] = DIFFUSION["tiny"]
 TRAINING = {  # values of the flags that are not given, by preset
@@ -258,9 +258,9 @@ TRAINING = {  # values of the flags that are not given, by preset
               "batch_size": 64, "lr": 1e-4, "muon_lr": 0.0, "warmup": 0, "cosine": False, "ema_decay": 0.9999,
               "jitter": 0.4, "views": 8, "join": 1, "logit_normal": None, "p_uncond": 0.2,
               "p_self_cond": 0.5},
-    "tiny": {"size": 64, "text_encoder": "train", "loss": "l2", "steps": 2050,
-             "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 200, "cosine": True, "ema_decay": 0.999,
-             "jitter": 0.0, "views": 1, "join": 8, "logit_normal": (-0.4, 0.9), "p_uncond": 0.2,
+    "tiny": {"size": 64, "text_encoder": "train", "loss": "l2", "steps": 1400,
+             "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 100, "cosine": True, "ema_decay": 0.999,
+             "jitter": 0.0, "views": 1, "join": 8, "logit_normal": (0.2, 0.9), "p_uncond": 0.1,
              "p_self_cond": 0.5},
 }
 TRAINING["demo"] = TRAINING["tiny"] | {"steps": 450, "warmup": 20, "ema_decay": 0.99}
