@@ -1,7 +1,8 @@
 """Text-conditional U-Net: eps = unet(x_t, t, text, text_mask, self_cond).
 
 x_t (b, c, h, w) noisy latent, t (b,) int64 in [0, T), text (b, n, d) token embeddings, the result like x_t.
-DDPM      arXiv:2006.11239  App. B    a U-Net of residual blocks conditioned on the time
+DDPM      arXiv:2006.11239  App. B    a U-Net of residual blocks conditioned on the time, self-attention at a
+                                      coarse level
 Medfusion arXiv:2212.07501  the convolution units, the residual blocks and their arrangement
 LDM       arXiv:2112.10752  Sec. 3.3  cross-attention from image positions to text tokens
 AdaGN     arXiv:2105.05233  Sec. 3.1  group normalisation whose scale and shift come from the embedding
@@ -32,9 +33,9 @@ class UNetConfig:
     n_heads: int = 8
     dropout: float = 0.1
     self_conditioning: bool = True
-    # Ours: a skip connection around the second text layer, so that every token reaches the cross-attention at
-    # initialisation; coordinate channels at the input and at the queries of the attention; and attention
-    # between image positions at all levels but the finest.
+    # Not in the paper: a skip connection around the second text layer, so that every token reaches the
+    # cross-attention at initialisation; coordinate channels at the input and in the attention blocks; and
+    # self-attention at all levels but the finest.
     text_residual: bool = False
     coord_conv: bool = False
     self_attention: bool = False
@@ -258,7 +259,8 @@ class AttentionBlock(nn.Module):
     """Cross-attention from image positions to text tokens, then a position-wise feed-forward layer.
 
     Both are residual and pre-normalised by AdaGN. context=None: self-attention. With coord_conv (ours) the
-    queries get coordinate channels: the logit of "upper-left" can then be linear in the position.
+    positions get coordinate channels, as queries and in self-attention as context too, whose width is then
+    ch + 4: the logit of "upper-left" can then be linear in the position.
     """
 
     def __init__(self, ch, emb_dim, context_dim, n_heads, dropout=0.0, groups=32, coord_conv=False):
@@ -329,24 +331,28 @@ class UNet(nn.Module):
         in_ch = config.in_channels * (1 + config.self_conditioning) + 4 * config.coord_conv
         self.conv_in = nn.Conv2d(in_ch, first, 3, padding=1)
 
+
+        def attends(level):
+            return config.self_attention and level > 0
+
         self.down, skips, ch = nn.ModuleList(), [first], first  # skips: widths, taken from the end
         for i, width in enumerate(widths):
             for _ in range(2):
-                self.down.append(Stage(ch, width, config, config.self_attention and i > 0))
+                self.down.append(Stage(ch, width, config, attends(i)))
                 ch = width
                 skips.append(ch)
             if i + 1 < len(widths):
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
                 skips.append(ch)
 
-        self.mid_1 = Stage(ch, ch, config, config.self_attention and len(widths) > 1)
+        self.mid_1 = Stage(ch, ch, config, attends(len(widths) - 1))
         self.mid_2 = ResBlock(ch, ch, dim, dropout=config.dropout)
 
         self.up = nn.ModuleList()
         for i in reversed(range(len(widths))):
             finer = config.channels[i]  # a level ends at the width of the next, finer one
             for out_ch in (widths[i], widths[i], finer):
-                self.up.append(Stage(ch + skips.pop(), out_ch, config, config.self_attention and i > 0))
+                self.up.append(Stage(ch + skips.pop(), out_ch, config, attends(i)))
                 ch = out_ch
             if i > 0:
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
