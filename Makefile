@@ -1,6 +1,6 @@
 # `make` lists the targets. Values are given as NAME=VALUE, for example: make train-msdm DATA=data/mine OUT=runs/mine
 
-VALUES := PRESET DATA OUT VAE STEPS CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN FEATURES
+VALUES := PRESET DATA OUT VAE STEPS SIZE CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN FEATURES
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
@@ -64,15 +64,15 @@ demo: $(INSTALL) $(SMALL)  ## the whole path in five minutes: phantoms, autoenco
 
 # FLAGS are further flags of a target's last command: make train-msdm DATA=DIR FLAGS="--batch-size 8 --accumulate 2"
 
-TRAIN_VAE = $(PY) vae.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --out "$(OUT_MSDM)/vae"
+TRAIN_VAE = $(PY) vae.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --out "$(OUT_MSDM)/vae" $${SIZE:+--size "$$SIZE"}
 
 train-vae: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train the autoencoder on DATA (phantoms without it)
 	$(TRAIN_VAE) $(FLAGS)
 
-train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train MSDM on DATA, its autoencoder first unless VAE=FILE
+train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train MSDM on DATA at SIZE pixels, its autoencoder first unless VAE=FILE
 	$(if $(VAE),,$(TRAIN_VAE))
 	$(PY) msdm.py --preset "$$PRESET" --data "$${DATA:-data/phantom}" --vae "$${VAE:-$(OUT_MSDM)/vae/best.safetensors}" \
-	  --out "$(OUT_MSDM)" $${STEPS:+--steps "$$STEPS"} $(FLAGS)
+	  --out "$(OUT_MSDM)" $${STEPS:+--steps "$$STEPS"} $${SIZE:+--size "$$SIZE"} $(FLAGS)
 
 sample: $(INSTALL)  ## sample 16 images of PROMPT with CKPT into SAMPLES
 	$(PY) sampler.py --ckpt "$${CKPT:-$(OUT_MSDM)/best.safetensors}" --prompt "$(call prompt,1 instrument)" -n 16 --grid \

@@ -31,6 +31,11 @@ def test_preset_reaches_both_trainings(given, preset):
     assert unet.startswith(f"msdm.py --preset {preset} --data some $folder --vae runs/msdm/vae/best.saf")
 
 
+def test_size_reaches_both_trainings():
+    assert [line.split().count("128") for line in made_commands("train-msdm", "DATA=x", "SIZE=128")] == [1, 1]
+    assert not any("--size" in line for line in made_commands("train-msdm", "DATA=x"))
+
+
 def test_the_experiments_run_on_built_in_data_unless_values_are_given():
     said = made_commands("ablation")
     assert said[-1] == ("experiments.py ablation --preset tiny --data data/phantom --real "
