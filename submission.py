@@ -98,7 +98,8 @@ def measure(args, source, folder):
         trials.run("metrics.py", "--real", args.data, "--fake", images, *flags, "--cache", args.out / "cache",
                    "--json", file, processes=trials.devices())
         result[name] = {k: v for k, v in read_json(file).items() if k in (
-            "fid", "fid_real_half", "inception_score", "precision", "recall", "weights", "space")}
+            "fid", "fid_fake_half", "fid_real_half", "n_half", "inception_score", "precision", "recall",
+            "weights", "space")}
     return result
 
 
@@ -145,8 +146,8 @@ def table3(args):
 def write_table(args):
     """table3.md and table3.json of everything in the folder."""
     found = [read_json(file) for file in sorted(args.out.glob("*/result.json"))]
-    keys = {"fid": "FID", "fid_real_half": "FID of two real halves", "inception_score": "Inception Score",
-            "precision": "precision", "recall": "recall"}
+    keys = {"fid": "FID", "fid_fake_half": "FID, equal n", "fid_real_half": "FID of real images, equal n",
+            "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
     shown = {name: [k for k in keys if any(r[name].get(k) is not None for r in found)]
              for name in args.measures}
     heads = ["images of", "n", *(f"{keys[k]}, {name}" for name in shown for k in shown[name])]
@@ -154,6 +155,10 @@ def write_table(args):
             for r in found]
     notes = [f"Real images: {args.data}. Prompts: {args.prompts}, one image each; sampling: "
              f"{args.sampling or 'the defaults of sampler.py'}."]
+    sizes = sorted({r[name]["n_half"] for r in found for name in args.measures if "n_half" in r[name]})
+    if sizes:
+        notes.append(f"Equal n: {', '.join(map(str, sizes))} images of either side, since the distance "
+                     "of fewer is larger: compare these two columns, the second is a perfect model's.")
     notes += [OFFICIAL] if SOFTMAX[0] in args.measures else [NOT_OFFICIAL]
     if any(r[name]["weights"] == "rule" for r in found for name in args.measures):
         notes.append("Features of random weights: no figure here says anything.")

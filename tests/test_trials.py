@@ -356,6 +356,9 @@ def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, 
     found = json.loads((tmp_path / "t" / submission.name_of(tmp_path / "s") / "imageclef.json").read_text())
     shown = float(own[1].split()[0])
     assert shown == pytest.approx(found["fid"], rel=0.05, abs=1e-9) and 0 <= shown <= 2
+    shown = [float(own[i].split()[0]) for i in (2, 3)]  # of as many images as there are real ones beside
+    assert shown == pytest.approx([found["fid_fake_half"], found["fid_real_half"]], rel=0.05, abs=1e-9)
+    assert f"- Equal n: {found['n_half']} images of either side" in (tmp_path / "t/table3.md").read_text()
     tensors, meta = load_safetensors(checkpoint)
     save_safetensors(checkpoint, tensors, meta | {"step": 7})  # trained on, under the same name
     with pytest.raises(BadInput, match=f"holds the figures of {checkpoint} with hash .*; remove that folder"):
