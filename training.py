@@ -203,8 +203,12 @@ class Draws:
         return (torch.Generator().manual_seed(step_seed(self.seed, self.step, i)) for i in self.positions)
 
     def share(self, p):
-        """A share p of the images, true or false for each: every second one for p = 0.5."""
-        return [int((i + 1) * p) > int(i * p) for i in self.positions]
+        """A share p of the images, true or false for each: every second one for p = 0.5.
+
+        The steps take turns, so that batches smaller than 1 / p have their share over many steps.
+        """
+        turn = self.step * p % 1 + 1e-9  # a little more, against the rounding of products such as 10 * 0.3
+        return [int((i + 1) * p + turn) > int(i * p + turn) for i in self.positions]
 
 
 def batch_indices(n, batch_size, step, seed):

@@ -60,6 +60,9 @@ def test_a_share_of_the_images_is_the_same_in_parts():
         whole = training.Draws(0, 0, range(20)).share(p)
         assert sum(whole) == 20 * p
         assert whole == [x for i in range(0, 20, 4) for x in training.Draws(0, 0, range(i, i + 4)).share(p)]
+    for p in (0.1, 0.3, 0.5):  # in batches that are too small for one of each step
+        alone = [training.Draws(0, step, range(2)).share(p) for step in range(100)]
+        assert sum(sum(fed) for fed in alone) == 200 * p and {*map(sum, alone)} <= {0, 1}
     batch = training.Batch(x=torch.arange(4), fed=[False, True, False, True]).where_first("fed")
     assert batch.x.tolist() == [1, 3, 0, 2] and batch.fed == [True, True, False, False]
 
