@@ -21,6 +21,7 @@ from files import file_hash, read_json, write_csv
 from tables import wilson
 
 # Mixed in with probability 0, paraphrases play no part in a training: it is validated on them all the same.
+# None is not given, as to strategies other than mix, which do not read it.
 OFF = {"self-conditioning": False, "dropout": 0.0, "jitter": 0.0, "views": 1, "strategy": "mix", "mix-p": 0}
 LIGHT = {"jitter": 0.4, "views": 8}  # brightness and contrast, as in the preset paper
 ARMS = {  # what differs from the baseline
@@ -81,7 +82,7 @@ def make_arm(args, arm, seed, folder):
     line = trials.validation(folder / "run")
     result |= {"step": line["step"], "loss": line["val_loss"],
                "loss_paraphrases": line["val_loss_paraphrases"]}
-    for i, name in enumerate(("faithfulness", "images")):
+    for i, name in enumerate(("faithfulness", "images")):  # 100,000 seeds each, the same in every arm
         trials.run("sampler.py", "--ckpt", folder / "run/best.safetensors", "--prompts",
                    args.out / f"prompts-{name}.csv", "--seed", 100_000 * (2 * seed + i + 1), "--out",
                    folder / name, *trials.words_of("--sampling", args.sampling), processes=trials.devices())

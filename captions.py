@@ -29,7 +29,7 @@ class CaptionSampler:
 
     An image's caption joins up to `join` of its prompts, or is empty with probability p_uncond. The output of
     a frozen encoder is kept in a file of folder, which all ranks make, each a share; on a CPU it is a map of
-    that file. Not so if captions are joined, or if it takes more than CACHE bytes, as CLIP ViT-L's for 5,400
+    that file. Not so if captions are joined, or if it takes more than CACHE bytes, as CLIP ViT-L's for 5,500
     prompts: then they are encoded with each batch, which adds a twentieth to the work of a step. source: a
     hash that is part of the file's key, of the checkpoint that holds the text encoder. words: the Wording
     that says how the prompts are said.

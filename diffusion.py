@@ -171,7 +171,8 @@ def dpmpp(denoise, x_t, alpha_bar, timesteps, noise=None):
     x_0_before, lambda_before = None, None
     for t, a_t, a_s in _noise_levels(alpha_bar, timesteps):
         x_0, _ = denoise(x_t, t)
-        d, lambda_t = x_0, 0.5 * math.log(a_t / (1 - a_t)) if a_t > 0 else -math.inf
+        d = x_0
+        lambda_t = 0.5 * math.log(a_t / (1 - a_t)) if a_t > 0 else -math.inf  # the paper's log(alpha / sigma)
         if x_0_before is not None and a_s < 1:
             h = 0.5 * math.log(a_s / (1 - a_s)) - lambda_t
             d = x_0 + (x_0 - x_0_before) / (2 * (lambda_t - lambda_before) / h)
@@ -206,7 +207,8 @@ def from_image(x_0, strength, timesteps, alpha_bar, eps):
 
 
 def guided(network, cond, null, guidance):
-    """predict(x_t, t, *more) -> (uncond + guidance (cond - uncond), cond)   (CFG, Eq. 6, w = guidance - 1).
+    """predict(x_t, t, *more) -> (out_null + guidance (out_cond - out_null), out_cond)   (CFG, Eq. 6 with w =
+    guidance - 1). The second is for a learnt variance, which is not guided.
 
     cond and null are tuples of equal shapes: the network's arguments after x_t and t. Those in more, of x_t's
     batch size, follow them. Both conditions pass in one batch; guidance 1 needs no unconditional pass.
@@ -221,7 +223,7 @@ def guided(network, cond, null, guidance):
     def predict(x_t, t, *more):
         out = network(torch.cat([x_t, x_t]), torch.cat([t, t]), *both, *(torch.cat([m, m]) for m in more))
         out_null, out_cond = out.chunk(2)
-        return guidance * out_cond - (guidance - 1) * out_null, out_cond
+        return guidance * out_cond - (guidance - 1) * out_null, out_cond  # exactly out_null at guidance 0
 
     return predict
 

@@ -126,7 +126,7 @@ class TextTransformer(nn.Module):
         return self.config.length
 
     def lost(self, prompt):
-        """The end of a prompt that stands behind its last token, "" for most."""
+        """The end of a prompt that is not read, "" for most."""
         rest = self.tokenizer.encode(prompt).overflowing
         starts = [a for a, b in rest[0].offsets if a < b] if rest else []
         return prompt[starts[0]:] if starts else ""
@@ -219,7 +219,7 @@ class FrozenCLIP(TextEncoderReference):
         return text_hash(*parts, json.dumps(sorted(self.tokenizer.get_vocab().items())))
 
     def lost(self, prompt):
-        """The end of a prompt that stands behind its last token, "" for most."""
+        """The end of a prompt that is not read, "" for most."""
         ids = self.tokenizer(prompt, verbose=False).input_ids
         if len(ids) <= self.length:
             return ""

@@ -42,7 +42,7 @@ def run(script, *flags, processes=1):
     child = subprocess.Popen([sys.executable, *launcher * (processes > 1), *words])
     try:
         status = child.wait()
-    except BaseException:  # Ctrl-C reaches the child by itself; terminate is for the others
+    except BaseException:  # SIGTERM reached this process alone; after Ctrl-C, which reached both, no harm
         child.terminate()
         child.wait()
         raise
@@ -51,8 +51,9 @@ def run(script, *flags, processes=1):
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise BadInput(f"{script} ended with status {status}, its own lines say why; what is done is kept, "
-                       "and the same command goes on there")
+        ended = (f"was killed by signal {-status}" if status < 0
+                 else f"ended with status {status}, its own lines say why")
+        raise BadInput(f"{script} {ended}; what is done is kept, and the same command goes on there")
 
 
 def devices():
@@ -206,7 +207,7 @@ def number(value, half=None):
 
 
 def markdown(heads, rows):
-    """A table of markdown; text is flush left, figures flush right, by the first row."""
+    """A table of markdown: the first column flush left, the others flush right."""
     sides = [":---" if i == 0 else "---:" for i in range(len(heads))]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in [heads, sides, *rows])
 

@@ -134,10 +134,10 @@ class InItsDtype:
 
 
 def timestep_embedding(t, dim, freq_shift=1):
-    """Sinusoidal embedding of the time (arXiv:1706.03762, Sec. 3.5): t (b,) -> (b, dim).
+    """Sinusoidal embedding of the time (after arXiv:1706.03762, Sec. 3.5): t (b,) -> (b, dim).
 
-    Sines come first, then cosines. The angular frequencies fall geometrically from 1 to 1 / 10000; with
-    freq_shift=0 they end one step above 1 / 10000.
+    Sines come first, then cosines. The angular frequencies fall geometrically from 1 to 1 / 10000, as in
+    DDPM's code; with freq_shift=0, as in the paper, they end one step above 1 / 10000.
     """
     half = dim // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -278,7 +278,7 @@ class AttentionBlock(nn.Module):
         h, w = x.shape[-2:]
         y = self.norm_1(x, emb)
         if self.coord_conv:
-            y = torch.cat([y, 4 * coordinate_channels(y)], dim=1)  # x 4: four coordinates against ch features
+            y = torch.cat([y, 4 * coordinate_channels(y)], dim=1)  # 4 times as large (ours): few among ch
         y = rearrange(y, "b c h w -> b (h w) c")
         y = self.attention(y, y if context is None else context, mask)  # (b, h * w, ch)
         x = x + rearrange(y, "b (h w) c -> b c h w", h=h, w=w)
@@ -291,6 +291,7 @@ class Stage(nn.Module):
     def __init__(self, in_ch, out_ch, config, attends=False):
         super().__init__()
         self.res = ResBlock(in_ch, out_ch, config.time_dim, dropout=config.dropout)
+        # Two attention blocks, by their names in checkpoints: positions to positions, positions to tokens.
         self.image = self._attention(out_ch, out_ch + 4 * config.coord_conv, config) if attends else None
         self.text = self._attention(out_ch, config.time_dim, config)
 
@@ -330,7 +331,6 @@ class UNet(nn.Module):
             init_unit_variance_(layer)
         in_ch = config.in_channels * (1 + config.self_conditioning) + 4 * config.coord_conv
         self.conv_in = nn.Conv2d(in_ch, first, 3, padding=1)
-
 
         def attends(level):
             return config.self_attention and level > 0

@@ -256,8 +256,8 @@ def measure_scale(vae, images, world):
         for part in world.share(data.batches(min(len(images), 2000), 32)):
             mu, logvar = (x.double() for x in vae.moments(data.to_float(images[part].to(world.device))))
             sums += torch.stack([mu.sum(), (mu ** 2 + logvar.exp()).sum(), mu.new_tensor(mu.numel())]).cpu()
-    mu, square, n = torch.tensor([world.mean(x) for x in sums.tolist()], dtype=torch.float64)
-    return (square / n - (mu / n)**2).rsqrt().float()
+    total, squares, n = torch.tensor([world.mean(x) for x in sums.tolist()], dtype=torch.float64)
+    return (squares / n - (total / n)**2).rsqrt().float()  # of draws z: E[z^2] = mu^2 + sigma^2
 
 
 def draw_batch(vae, images, jitter, generators):
