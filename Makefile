@@ -204,13 +204,13 @@ test-second-half:
 test-kill: $(INSTALL)  ## kill the commands a hundred times at random moments and let them go on: half an hour
 	$(PY) tests/resume_after_kill.py $(FLAGS)
 
-test-fuzz: $(INSTALL)  ## a thousand damaged and hostile files: half an hour
+test-fuzz: $(INSTALL)  ## a thousand damaged and hostile files: ten minutes
 	$(PY) tests/fuzz.py $(FLAGS)
 
 bench: $(INSTALL)  ## speed and memory of networks, trainings, sampling and metrics as ratios: ten minutes
 	$(PY) tests/bench.py
 
-clean:  ## remove the built-in data and caches, but no run, no image and not the installation
+clean:  ## remove the built-in data, but no run, no image and not the installation
 	rm -rf data/phantom data/phantom-small data/phantom-others data/phantom-judge .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \

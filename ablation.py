@@ -264,6 +264,6 @@ def add_flags(parser):
     flag("--images", type=int, default=500, help="images of an arm for FID, precision and recall")
     flag("--per-value", type=int, default=10, help="images for each value that faithfulness asks for")
     flag("--training", default="", help="further flags of msdm.py, as one string")
-    flag("--sampling", help='further flags of sampler.py, as one string; None: 20 steps of dpmpp for tiny')
+    flag("--sampling", help="more flags of sampler.py, as one string; None: 20 dpmpp steps, but for paper")
     flag("--judging", default="", help="further flags of judges.py faithfulness, as one string")
     trials.add_space_flags(parser)

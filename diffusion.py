@@ -100,7 +100,8 @@ def sample_timesteps(n, T, logit_normal, generator):
     """n training times in [0, T), int64: uniform, or T sigmoid(m + s z), z ~ N(0, 1), logit_normal = (m, s).
 
     The density is that of SD3 (arXiv:2403.03206, Sec. 3.1), where it weighs the times of a rectified flow;
-    over DDPM's index it is our choice. It puts more weight on medium noise, where the layout is decided.
+    over DDPM's index it is our choice. m and s put the weight where words lower
+    the loss (docs/experiments.md).
     """
     if logit_normal is None:
         return torch.randint(T, (n,), generator=generator)

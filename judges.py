@@ -10,9 +10,9 @@ memorisation   copies of training images among the generated (copies.py), each o
 
     python judges.py prompts --out prompts.csv
     python sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv --out out/faithfulness
-    python judges.py faithfulness --real data/phantom --fake out/faithfulness
-    python judges.py usefulness --real data/phantom --fake out/msdm
-    python judges.py memorisation --train data/phantom --held-out data/phantom-test --fake out/msdm
+    python judges.py faithfulness --real data/phantom-judge --fake out/faithfulness
+    python judges.py usefulness --real data/phantom-others --fake out/msdm
+    python judges.py memorisation --train data/phantom --held-out data/phantom-others --fake out/msdm
 """
 
 from command import BadInput, at_least_one, best_device, run_command

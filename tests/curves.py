@@ -51,10 +51,11 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="checkpoint of msdm.py")
     parser.add_argument("-n", type=int, default=16, help="pictures")
-    parser.add_argument("--guidance", type=float, default=4.5, help="as in sampler.py")
+    parser.add_argument("--guidance", type=float, help="as in sampler.py; None: the checkpoint's")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 25, 50], help="solver steps")
     args = parser.parse_args()
     model = msdm.load(args.ckpt)
+    args.guidance = model.diffusion.guidance if args.guidance is None else args.guidance
     alpha_bar, T = model.diffusion.alpha_bar(), model.diffusion.T
     exact = latents(model, "dpmpp", timesteps(T, 500), args.n, args.guidance)
     runs = list(product(("ddim", "dpmpp"), ("trailing", "log-SNR"), args.steps))
