@@ -18,7 +18,7 @@ def text_states(text, prompts, source, folder, world):
             check_savable("the prompts, read by the text encoder", {"states": states})
             yield states.cpu()
 
-    weights = source if text.trained else text.weights
+    weights = source if text.in_checkpoint else text.weights
     key = text_hash(weights, next(text.parameters()).dtype, text.length, *prompts)
     file, parts = folder / f"text-{key}.safetensors", data.batches(len(prompts), 64)
     return cached_rows(file, "states", parts, make, {"prompts": len(prompts)}, world)

@@ -56,7 +56,7 @@ from text import (
 )
 from unet import InItsDtype, UNet, UNetConfig
 from vae import VAE, VAEConfig, reparameterise
-from weights import check_fields, check_format, described_by, load_state
+from weights import check_fields, check_format, described_by, listed, load_state
 
 # The model
 
@@ -163,7 +163,8 @@ class MSDM(nn.Module):
 
     def tensors(self):
         """The tensors of a checkpoint, without a public text encoder, which the metadata names."""
-        return {k: v for k, v in self.state_dict().items() if self.text.trained or not k.startswith("text.")}
+        own = self.state_dict()
+        return own if self.text.in_checkpoint else {k: v for k, v in own.items() if not k.startswith("text.")}
 
     def metadata(self):
         """Metadata of a checkpoint: everything that rebuilds the model around its tensors."""
@@ -232,6 +233,10 @@ def load(path, device="cpu", text_encoder=None) -> MSDM:
     with described_by(path), torch.device("meta"):
         unet, vae, text, diffusion = configs(meta)
         unet, vae, text = UNet(unet), VAE(vae), text and TextTransformer(text)
+    parts = ("unet.", "vae.") if text is None else ("unet.", "vae.", "text.")
+    if others := [k for k in tensors if not k.startswith(parts)]:
+        raise BadInput(f"{path}: tensors of no part of the model: {listed(others, 5)}; expected names that "
+                       f"begin with {', '.join(parts)}")
     load_state(unet, part("unet."), path)
     load_state(vae, part("vae."), path)
     if text is None:
@@ -341,7 +346,7 @@ class Objective:
     def __init__(self, model, latents, captions, args, entries=None):
         self.model, self.latents, self.captions, self.args = model, latents, captions, args
         self.entries = entries or [[i] for i in range(len(latents))]
-        self.trained = model.unet  # the U-Net in training mode, perhaps compiled
+        self.network = model.unet  # the U-Net in training mode, perhaps compiled
         self.alpha_bar = model.diffusion.alpha_bar().float().to(model.device)
         self.scale = model.vae.latent_scale.cpu()
 
@@ -384,7 +389,7 @@ class Objective:
         m = self.model
         with training.autocast(m.device):
             text, mask = self.captions.encode(batch)
-            unet = self.trained if m.unet.training else m.unet
+            unet = self.network if m.unet.training else m.unet
             return loss_fn(unet, batch.x_0, text, mask, batch.t, batch.eps, self.alpha_bar, m.diffusion,
                            self.args.loss, sum(batch.fed))
 
@@ -396,7 +401,7 @@ def new_model(args, vae, text, prompts):
     """An untrained model; if text is None, its text encoder has a tokenizer learnt from the prompts."""
     if text is None:
         text = TextTransformer(TextConfig(*learn_tokenizer(prompts)))
-    text_dim = text.config.dim if text.trained else text.model.config.hidden_size
+    text_dim = text.config.dim if text.in_checkpoint else text.model.config.hidden_size
     config = replace(unets.PRESETS[args.preset], in_channels=vae.config.latent_channels, text_dim=text_dim,
                      **{k: getattr(args, k) for k in OF_THE_UNET})
     return MSDM(UNet(config), vae, text, replace(DIFFUSION[args.preset], image_size=args.size), args.preset)
@@ -447,7 +452,7 @@ def train(args):
         train_records, words = mirrored.with_copies(train_records, args.mirror, args.size, words)
     text = base.text if base else frozen
     settings = training.settings_of(args) | {
-        "source": source, "text_weights": text.weights if text and not text.trained else "train"}
+        "source": source, "text_weights": text.weights if text and not text.in_checkpoint else "train"}
     run = training.Run(args.out, settings, fingerprint, world, "MSDM", args.from_run)
     latents, train_records, val_latents, val_records = both_latents(
         train_records, val_records, args, vae, source, run.folder, world)
@@ -457,13 +462,13 @@ def train(args):
     model = base or new_model(args, vae, frozen, [way for p in prompts for way in words.ways(p)]).to(device)
     model.unet.requires_grad_(True).to(memory_format=torch.channels_last)
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    opt = Optimizers(params, args.lr, args.muon_lr, ends=("unet.conv_in", "unet.conv_out", "text."))
+    opt = Optimizers(params, args.lr, args.muon_lr, adamw_only=("unet.conv_in", "unet.conv_out", "text."))
     ema = training.EMA(params, args.ema_decay)
     captions = CaptionSampler(train_records, val_records, model.text, args.join, args.p_uncond, source,
                               run.folder, world, words)
     objective = Objective(model, latents, captions, args, mirrored.entries(train_records))
     if args.compile:
-        objective.trained = torch.compile(model.unet, dynamic=False)
+        objective.network = torch.compile(model.unet, dynamic=False)
     held_out = objective.held_out(val_latents, val_records)
 
     take_step = training.Step(objective, params, opt, ema, world, args.accumulate)

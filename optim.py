@@ -64,11 +64,12 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """AdamW for named parameters; with muon_lr, Muon for the weights of two or more dimensions among them.
 
-    ends: prefixes of the names that stay with AdamW nevertheless: first and last layers, embeddings.
+    adamw_only: prefixes of names that stay with AdamW nevertheless: first and last layers, a text encoder.
     """
 
-    def __init__(self, params: dict, lr, muon_lr=None, ends=()):
-        inner = [k for k, p in params.items() if muon_lr and p.ndim > 1 and not k.startswith(tuple(ends))]
+    def __init__(self, params: dict, lr, muon_lr=None, adamw_only=()):
+        inner = [k for k, p in params.items()
+                 if muon_lr and p.ndim > 1 and not k.startswith(tuple(adamw_only))]
         outer = [k for k in params if k not in set(inner)]
         self.parts = [torch.optim.AdamW([params[k] for k in outer], lr=lr, weight_decay=0.0, fused=True)]
         if inner:

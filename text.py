@@ -88,7 +88,7 @@ class TextTransformer(nn.Module):
     joined sentences may come in any order, and "upper-left" attends to the noun nearby.
     """
 
-    trained = True
+    in_checkpoint = True  # its tensors are
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -167,7 +167,7 @@ def learn_tokenizer(prompts, vocab=1024):
 class TextEncoderReference(nn.Module):
     """The name of a public text encoder that is not part of a checkpoint, and its hash, or None."""
 
-    trained = False
+    in_checkpoint = False  # its name and hash are
 
     def __init__(self, name, length=64, weights=None):
         super().__init__()

@@ -16,6 +16,7 @@ from command import BadInput, run_command
 import argparse
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,14 +58,14 @@ class VAE(nn.Module):
         self.config = config
         widths, latent = config.channels, config.latent_channels
         self.down = nn.ModuleList([ResBlock(3, widths[0], groups=8)])
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             self.down += [nn.Conv2d(a, b, 3, stride=2, padding=1), ResBlock(b, b, groups=8)]
         self.to_moments = nn.Sequential(nn.Conv2d(widths[-1], 2 * latent, 3, padding=1),
                                         nn.Conv2d(2 * latent, 2 * latent, 1))
 
         self.from_latent = ResBlock(latent, widths[-1], groups=8)
         self.up = nn.ModuleList()  # from coarse to fine
-        for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True):
+        for a, b in pairwise(reversed(widths)):
             self.up.append(nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), ResBlock(b, b, groups=8)]))
         self.to_img = zero_init(nn.Conv2d(widths[0], 3, 1))
         self.to_half = zero_init(nn.Conv2d(widths[1], 3, 1))  # deep supervision: half resolution
@@ -326,7 +327,7 @@ def train(args):
     run = training.Run(args.out, settings, fingerprint, world, "Autoencoder", args.from_run)
 
     params = dict(vae.named_parameters())
-    opt = Optimizers(params, args.lr, args.muon_lr, ends=("down.0.", "to_img", "to_half"))
+    opt = Optimizers(params, args.lr, args.muon_lr, adamw_only=("down.0.", "to_img", "to_half"))
     objective = Objective(vae, perceptual, args, device)
 
     take_step = training.Step(objective, params, opt, None, world, args.accumulate)

@@ -155,7 +155,7 @@ def stepper(model, sizes, device, compiled=None, record=True, world=None, **more
     latents = torch.randn(n, 1, 2 * c, side, side).half()
     objective = msdm.Objective(model, latents, Captions(n, 64, 768, device), flags(loss="l1", **more))
     if compiled:
-        objective.trained = torch.compile(model.unet, dynamic=False, backend=compiled)
+        objective.network = torch.compile(model.unet, dynamic=False, backend=compiled)
     params = dict(model.unet.train().named_parameters())
     opt, world = optim.Optimizers(params, 1e-4), world or training.Distributed(0, 1, device)
     ema, count = training.EMA(params, 0.9999), iter(range(10**9))

@@ -102,6 +102,13 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         msdm.load(tmp_path / "absent.safetensors")
 
 
+def test_a_tensor_of_no_part_of_the_model_is_named(tmp_path):
+    m, file = tiny_msdm(), tmp_path / "m.safetensors"
+    save_safetensors(file, m.tensors() | {"unett.extra": torch.zeros(1)}, m.metadata())
+    with pytest.raises(BadInput, match="tensors of no part of the model: unett.extra; expected names"):
+        msdm.load(file)
+
+
 @pytest.mark.parametrize("part, field, value", [
     ("diffusion", "guidance", "high"), ("diffusion", "guidance", float("nan")),
     ("diffusion", "image_size", 2**20), ("diffusion", "image_size", 30),
