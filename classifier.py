@@ -118,15 +118,17 @@ def truth_row(attributes: dict) -> list[int]:
 
 
 def truth(records, folder) -> torch.Tensor:
-    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from the folder's attributes.jsonl, else from the prompts."""
+    """(n, len(VALUES)) int8 of 1, 0, UNKNOWN: from the folder's attributes.jsonl, else from the prompts.
+
+    Those of a mirrored copy are from its prompts, which are mirrored too.
+    """
     lines = read_attributes(folder)
     if lines is not None:
         missing = [r.name for r in records if r.name not in lines]
         if missing:
             raise BadInput(f"{folder}/attributes.jsonl: no line for {missing[0]}")
-        rows = [truth_row(from_line(lines[r.name])) for r in records]
-    else:
-        rows = [truth_row(merge([prompts.parse(p) for p in r.prompts])) for r in records]
+    rows = [truth_row(merge([prompts.parse(p) for p in r.prompts]) if lines is None or r.mirror
+                      else from_line(lines[r.name])) for r in records]
     return torch.tensor(rows, dtype=torch.int8)
 
 

@@ -27,7 +27,9 @@ import torch.nn.functional as F
 
 import data
 import metrics
+import mirrored
 import prompts
+import wording
 from classifier import (
     ATTRIBUTES,
     COLUMN,
@@ -96,11 +98,12 @@ def share(hits, among):
     return torch.where(n > 0, (hits & among).sum(0) / n, float("nan"))
 
 
-def report(predicted, targets, truth_real, predicted_held_out, truth_held_out):
+def report(predicted, targets, truth_real, predicted_held_out, truth_held_out, trained_on=None):
     """Rows of three tables, by VALUES, by SUMMARY and of confusions, and the values not judged, with reasons.
 
     predicted, targets (n, values) bool: the classifier's output on generated images, the values that their
-    prompts name. truth_real, truth_held_out (n, values) int8: 1, 0 or UNKNOWN.
+    prompts name. truth_real, truth_held_out (n, values) int8: 1, 0 or UNKNOWN; trained_on: that of the
+    classifier's own images, if these are more than truth_real's.
     """
     known = truth_held_out != UNKNOWN
     accuracy = share(predicted_held_out == (truth_held_out == 1), known)
@@ -109,7 +112,7 @@ def report(predicted, targets, truth_real, predicted_held_out, truth_held_out):
     chance = share(truth_real == 1, truth_real != UNKNOWN)
     n, hits = targets.sum(0), (predicted & targets).sum(0)
     only = (same_set(predicted, targets) & targets).sum(0)
-    why = cannot_judge(truth_real)
+    why = cannot_judge(truth_real if trained_on is None else trained_on)
 
     def row(name, columns, judged):
         weight = n[columns] / n[columns].sum()                          # the prompts' mix of values
@@ -187,13 +190,17 @@ def degraded_rows(net, images, labels, trained_on, seed):
     return rows
 
 
-def real_images(folder, held_out, size):
-    """(records, images, labels), twice: to train on and held out, which are 10 % unless a folder is given."""
+def real_images(folder, held_out, size, mirror=None):
+    """(records, images, labels), twice: to train on and held out, which are 10 % unless a folder is given.
+
+    mirror: a value of --mirror; the copies stand behind the images to train on.
+    """
     train = data.read_folder(folder)
     total = None if held_out else len(train)
     train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
     if not rest:
         raise BadInput(f"{folder}: 1 image, expected at least 2, one of them to hold out, or --held-out")
+    train, _ = mirrored.with_copies(train, mirror, size, wording.Wording())
     return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
 
 
@@ -216,21 +223,24 @@ def faithfulness(args):
     if not targets.any():
         raise BadInput(f"{args.fake}: no prompt asks for anything that is judged ({', '.join(ATTRIBUTES)}); "
                        f"the first is {fake[0].prompts[0]!r}")
-    real = real_images(args.real, args.held_out, args.size)
+    real = real_images(args.real, args.held_out, args.size, args.mirror)
     (train, images, labels), (held_out, held_out_images, held_out_labels) = real
     net = classifier_of(args.real, train, images, labels, args)
-    rows, summary, confused, not_judged = report(predict(net, fake_images), targets, labels,
-                                                 predict(net, held_out_images), held_out_labels)
+    own = torch.tensor([not r.mirror for r in train])
+    rows, summary, confused, not_judged = report(predict(net, fake_images), targets, labels[own],
+                                                 predict(net, held_out_images), held_out_labels, labels)
     protocol = {"real": str(args.real), "fake": str(args.fake),
                 "held_out": str(args.held_out or "10 % of real"),
-                "n_train": len(train), "n_held_out": len(held_out), "n_fake": len(fake),
+                "n_train": int(own.sum()), "n_mirrored": int((~own).sum()), "mirror": args.mirror,
+                "n_held_out": len(held_out), "n_fake": len(fake),
                 "n_fake_unjudged": int((~targets.any(1)).sum()), "n_fake_repeats": repeats(fake_images),
                 "size": args.size, "steps": args.steps, "seed": args.seed}
     print(f"{len(fake)} generated images of {args.fake}, "
           f"{protocol['n_fake_unjudged']} with prompts that ask for nothing judged, "
           f"{protocol['n_fake_repeats']} near-duplicates of another\n"
-          f"{len(train)} real images of {args.real} to train on, {len(held_out)} held out; "
-          f"{args.size} px, seed {args.seed}\n")
+          f"{protocol['n_train']} real images of {args.real} to train on"
+          + f", {protocol['n_mirrored']} mirrored copies of them" * bool(args.mirror)
+          + f", {len(held_out)} held out; {args.size} px, seed {args.seed}\n")
     degraded = degraded_rows(net, held_out_images, held_out_labels, labels, args.seed) if rows else []
     if rows:
         print_faithfulness(rows, summary, confused, degraded)
@@ -391,6 +401,7 @@ def main(argv=None):
     p = command(faithfulness, "faithfulness", "how often generated images show what their prompts ask for")
     common(p, "--real", "data folder to train the classifier on, of another seed than the model's")
     p.add_argument("--classifier", type=Path, help="file of the trained classifier; unset, one beside --real")
+    mirrored.add_flag(p)
     p = command(usefulness, "usefulness", "train on generated images and test on real ones, and the reverse")
     common(p, "--real", "data folder of real images")
     p.add_argument("--classifier", type=Path, help="file of their classifier; unset, one beside --real")

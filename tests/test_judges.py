@@ -154,6 +154,36 @@ def test_eight_polyps_under_a_prompt_for_three_are_not_credited(tmp_path, capsys
         assert table["summary"][0]["asked for"] == "exactly 3 polyps"
 
 
+def write_places(folder, rng, shown, asked=None):
+    """Red images with a bright square in a cell, and prompts for this cell, or for `asked`."""
+    rows, corners = [], {"upper-left": (3, 3), "upper-right": (3, 20), "center": (12, 12)}
+    for i, cell in enumerate(shown):
+        img, (y, x) = rng.normal((130, 80, 80), 5, (SIDE, SIDE, 3)), corners[cell] + rng.integers(3, size=2)
+        img[y:y + 8, x:x + 8] = 230
+        data.write_image(folder / "images" / f"{i:04d}.png", img.clip(0, 255).astype(np.uint8))
+        rows.append((prompts.write({"abnormality_cells": [asked or cell]}), f"{i:04d}.png"))
+    write_rows(folder / "prompt-gt.csv", rows)
+    return folder
+
+
+def test_a_judge_learns_a_place_from_mirrored_images(tmp_path):
+    rng = np.random.default_rng(0)
+    real = write_places(tmp_path / "real", rng, ["upper-left", "center"] * 40)
+    held_out = write_places(tmp_path / "held-out", rng, ["upper-left", "upper-right", "center"] * 8)
+    fake = write_places(tmp_path / "fake", rng, ["upper-right"] * 8 + ["upper-left"] * 4, "upper-right")
+
+    def judged(**flags):
+        run("faithfulness", real=real, held_out=held_out, fake=fake, json=tmp_path / "t.json", **flags)
+        table = json.loads((tmp_path / "t.json").read_text())
+        return table, [r for r in table["values"] if r["attribute"] == "place"], table["not_judged"]
+
+    _, rows, reasons = judged(classifier=tmp_path / "a.safetensors")
+    assert not rows and reasons == ["place upper-right: fewer than 5 real images show it"]
+    table, [row], reasons = judged(classifier=tmp_path / "b.safetensors", mirror="horizontal")
+    assert not reasons and (table["n_train"], table["n_mirrored"], table["mirror"]) == (80, 80, "horizontal")
+    assert row["n"] == 12 and row["share"] == pytest.approx(8 / 12) and row["chance"] == 0
+
+
 def test_a_classifier_s_file_says_what_it_has_seen(tmp_path):
     rng, file = np.random.default_rng(0), tmp_path / "c.safetensors"
     real = write_counts(tmp_path / "real", rng, np.arange(24) % 4)
