@@ -100,8 +100,8 @@ def sample_timesteps(n, T, logit_normal, generator):
     """n training times in [0, T), int64: uniform, or T sigmoid(m + s z), z ~ N(0, 1), logit_normal = (m, s).
 
     The density is that of SD3 (arXiv:2403.03206, Sec. 3.1), where it weighs the times of a rectified flow;
-    over DDPM's index it is our choice. m and s put the weight where words lower
-    the loss (docs/experiments.md).
+    over DDPM's index it is our choice. m and s put the weight where words lower the loss
+    (docs/experiments.md).
     """
     if logit_normal is None:
         return torch.randint(T, (n,), generator=generator)
@@ -208,8 +208,9 @@ def from_image(x_0, strength, timesteps, alpha_bar, eps):
 
 
 def guided(network, cond, null, guidance):
-    """predict(x_t, t, *more) -> (out_null + guidance (out_cond - out_null), out_cond)   (CFG, Eq. 6 with w =
-    guidance - 1). The second is for a learnt variance, which is not guided.
+    """predict(x_t, t, *more) -> (out_null + guidance (out_cond - out_null), out_cond), for CFG.
+
+    That is Eq. 6 with w = guidance - 1; the second is for a learnt variance, which is not guided.
 
     cond and null are tuples of equal shapes: the network's arguments after x_t and t. Those in more, of x_t's
     batch size, follow them. Both conditions pass in one batch; guidance 1 needs no unconditional pass.

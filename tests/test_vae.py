@@ -3,6 +3,7 @@ from command import BadInput
 import argparse
 import math
 
+import latents
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,3 +198,15 @@ def test_perceptual_loss_from_a_file_in_torchvisions_format(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         vaes.find_perceptual(str(tmp_path / "absent.pth"))
     assert vaes.find_perceptual("off") == (None, "off")
+
+
+def test_a_channel_of_noise_is_told_from_a_smooth_one():
+    noise = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise[:, 1] = F.avg_pool2d(F.pad(noise[:, 1], (2, 2, 2, 2)), 5, stride=1)  # neighbours share 20 of 25
+    noise[:, 2] = 3 + 2 * noise[:, 0]
+    white, smooth, moved = latents.rows_of(noise, torch.full_like(noise, math.log(0.04)))
+    assert abs(white["neighbours"]) < 0.02 and white["4x4"] == pytest.approx(1 / 16, rel=0.1)
+    assert smooth["neighbours"] == pytest.approx(0.8, abs=0.05) and smooth["4x4"] > 0.5
+    assert moved["mean"] == pytest.approx(3, abs=0.05) and moved["deviation"] == pytest.approx(2, abs=0.05)
+    assert moved["neighbours"] == pytest.approx(white["neighbours"], abs=1e-5)
+    assert white["of the draw"] == pytest.approx(0.2)

@@ -39,9 +39,10 @@ def words_of(record, rng):
 
 
 @torch.inference_mode()
-def losses(model, x_0, t, words, batch=40):
-    """The squared error (n,) of each of the latents x_0 (n, c, h, w) at time t with its words."""
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(t))
+def losses(model, x_0, t, words, rows, batch=40):
+    """The squared error of the latents x_0[rows], of (n, c, h, w), at time t with the words of each row."""
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(t))[rows]
+    x_0 = x_0[rows]
     a_t = model.diffusion.alpha_bar().float()[t]
     x_t, y = q_sample(x_0, a_t, eps), target(model.diffusion.prediction, x_0, a_t, eps)
     out = []
@@ -70,10 +71,10 @@ def main():
           + ", ".join(f"{kind}: {len(i)}" for kind, i in rows.items()))
     alpha_bar = model.diffusion.alpha_bar()
     for t in TIMES:
-        none = losses(model, x_0, t, [""] * len(x_0))
+        none = losses(model, x_0, t, [""] * len(x_0), list(range(len(x_0))))
         said = [f"t {t}: alpha_bar {alpha_bar[t]:.4f}, loss without words {none.mean():.3f}"]
         for kind, i in rows.items():
-            less = (none - losses(model, x_0, t, [w.get(kind, "") for w in words]))[i]
+            less = none[i] - losses(model, x_0, t, [words[j][kind] for j in i], i)
             said.append(f"{kind} {less.mean():.4f} +- {less.std() / len(i)**0.5:.4f}")
         print("; ".join(said), flush=True)
 
