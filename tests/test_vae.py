@@ -16,6 +16,7 @@ import vae as vaes
 from vae import VAE, VAEConfig, kl_divergence, ssim
 
 SMALL = VAEConfig(channels=(8, 16, 16), latent_channels=4)
+WEIGHTS = ("kl_weight", "l1_weight", "half_weight", "coarse_weight")
 
 
 def images(n=2, size=32, seed=0):
@@ -118,7 +119,7 @@ def test_the_paper_presets_weights_are_those_of_the_papers_sums(far):
     def distance(x, y):  # in the place of VGG's
         return (x - y).abs().mean(dim=(1, 2, 3))
 
-    weights = {k: vaes.TRAINING["paper"][k] for k in ("kl_weight", "l1_weight", "half_weight")}
+    weights = {k: vaes.TRAINING["paper"][k] for k in WEIGHTS}
     ours, expected = vaes.loss_fn(vae, img, eps, distance, **weights)[0], medfusions_loss(vae, img, eps,
                                                                                           distance)
     assert ours.item() * img[0].numel() == pytest.approx(expected.item(),
@@ -135,8 +136,7 @@ def test_validation_twice_is_one_number_and_leaves_the_network():
     vae = VAE(SMALL)
     for p in vae.parameters():  # a fresh decoder is zero and would hide the noise of the latents
         torch.nn.init.normal_(p, std=0.1)
-    settings = argparse.Namespace(**{k: vaes.TRAINING["tiny"][k]
-                                     for k in ("kl_weight", "l1_weight", "half_weight")})
+    settings = argparse.Namespace(**{k: vaes.TRAINING["tiny"][k] for k in WEIGHTS})
     objective = vaes.Objective(vae, None, settings, torch.device("cpu"))
     held_out = data.to_uint8(images(20))
     world = training.start("cpu")
@@ -144,6 +144,36 @@ def test_validation_twice_is_one_number_and_leaves_the_network():
     torch.rand(1)  # what is drawn between two validations plays no part
     assert objective.validate(held_out, world) == first and first[0] > 0
     assert all(p.grad is None for p in vae.parameters())
+
+
+@pytest.mark.parametrize("alternates", [False, True])
+def test_the_coarse_term_sees_a_code_that_changes_its_sign_from_position_to_position(alternates):
+    class Code:
+        """A perfect autoencoder: a pixel is its latent, with the sign of a chessboard if it alternates."""
+
+        def __init__(self):
+            self.sign = torch.ones(32, 32)
+            if alternates:
+                self.sign[::2, ::2] = self.sign[1::2, 1::2] = -1
+
+        def moments(self, img):
+            return img * self.sign, torch.full_like(img, -30.0)
+
+        def decode_unscaled(self, z):
+            img = z * self.sign[:z.shape[2], :z.shape[3]]
+            return img, F.avg_pool2d(img, 2)
+
+    img = F.interpolate(images(size=16), size=32, mode="nearest")
+    plain, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0)
+    assert plain.item() == pytest.approx(0.0, abs=1e-5) and "coarse_mse" not in parts
+    loss, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0, 0.5)
+    small = F.avg_pool2d(img, 2)
+    if alternates:  # averaged, it decodes to nothing
+        expected = small.square().mean() + small.abs().mean() + 1 - ssim(0 * small, small).mean()
+        torch.testing.assert_close(parts["coarse_mse"], small.square().mean())
+        torch.testing.assert_close(loss - plain, 0.5 * expected)
+    else:
+        torch.testing.assert_close(loss, plain)
 
 
 def test_one_batch_overfits():
