@@ -40,6 +40,8 @@ except ImportError:  # Windows: run folders are not locked there
 
 # The folder
 
+# Settings that came later: (a setting of the same command, what it was before there was a choice).
+LATER = {"coarse_weight": ("half_weight", 0.0)}
 CHECKPOINTS = ("best.safetensors", "last.safetensors", "best", "last", "best-fid.safetensors")
 
 
@@ -63,6 +65,9 @@ def read_run(folder):
     if type(total := config.get("images_a_step", 1)) is not int or total < 1:
         raise BadInput(f"{folder}/config.json: images_a_step={total!r:.100}, expected a number of images; "
                        "the file is damaged")
+    for key, (beside, value) in LATER.items():
+        if beside in config["settings"]:
+            config["settings"].setdefault(key, value)
     return config
 
 
@@ -213,7 +218,8 @@ class Run:
                 raise BadInput(f"{flag}: the run in {self.folder} is at step {step} already; give more, or "
                                "another --out")
         if self.world.is_main:
-            write_json(self.folder / "config.json", self.config)
+            if self.old is None or step < steps:  # a run that has ended keeps the versions it was made with
+                write_json(self.folder / "config.json", self.config)
             self._tell_broken()
             kept = [line for line in lines if line["step"] <= step]
             if kept or (self.folder / "metrics.jsonl").exists():
