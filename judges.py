@@ -15,7 +15,7 @@ memorisation   copies of training images among the generated (copies.py), each o
     python judges.py memorisation --train data/phantom --held-out data/phantom-others --fake out/msdm
 """
 
-from command import BadInput, at_least_one, best_device, run_command
+from command import BadInput, at_least_one, best_device, check_range, run_command
 
 import argparse
 import csv
@@ -422,6 +422,7 @@ def main(argv=None):
             raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
+        check_range(args, -2**63, 2**64 - 1, "seed")
     at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
     data.check_writable(**{name: getattr(args, name, None) for name in ("out", "json", "sheet")})
     check_outputs(args)

@@ -408,7 +408,7 @@ def new_model(args, vae, text, prompts):
 
 
 def check_size(args, vae):
-    multiple = vae.factor * 2 ** (len(unets.PRESETS[args.preset].channels) - 2)
+    multiple = vae.factor * unets.PRESETS[args.preset].factor
     if args.size < 1 or args.size % multiple:
         raise BadInput(f"--size {args.size} is not divisible by {multiple}, "
                        f"the downsampling of {args.vae} times that of the U-Net")
@@ -523,8 +523,8 @@ def add_flags(parser, flag):
     flag("join", "join up to this number of an image's prompts into one caption", type=int)
     flag("p_uncond", "share of captions made empty, for classifier-free guidance", type=float)
     flag("loss", "absolute (l1) or squared (l2) error", choices=("l1", "l2"))
-    flag("logit_normal", "mean and deviation of the logit of t / T; None: uniform t", type=float, nargs=2,
-         metavar=("M", "S"))
+    flag("logit_normal", "mean and deviation of the logit of t / T; without them t is uniform", type=float,
+         nargs=2, metavar=("M", "S"))
     flag("p_self_cond", "share of a batch in which the estimate of x_0 is fed back", type=float)
     flag("ema_decay", "decay of the averaged weights", type=float)
     parser.add_argument("--shown", type=int, default=16, help="images in the sample sheet")

@@ -135,7 +135,7 @@ def main(argv=None):
     unet, vae = unet_from_release(args.unet), vae_from_release(args.vae)
     check_savable(args.unet, unet.state_dict())
     check_savable(args.vae, vae.state_dict())
-    multiple = vae.factor * 2 ** (len(unet.config.channels) - 2)
+    multiple = vae.factor * unet.config.factor
     if args.size < 1 or args.size % multiple:
         raise BadInput(f"--size {args.size}: expected a multiple of {multiple}, the downsampling of both")
     if unet.config.in_channels != vae.config.latent_channels:

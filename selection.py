@@ -89,8 +89,8 @@ class Selection:
                       f"features of {space}", file=sys.stderr)
                 file = run.folder / f"real-{key}.safetensors"
                 self.real = cached(file, lambda: self.real_features(paths))[0]["features"]
-        # Lines of another space, of other prompts or real images are not comparable.
-        self.key = text_hash(key, *self.prompts)[:8]
+        # Lines of another space, of other steps, prompts or real images are not comparable.
+        self.key = text_hash(key, str(args.sample_steps), *self.prompts)[:8]
 
     def real_features(self, paths):
         """({"features": (n, d)} of image files as metrics.py reads them, no metadata)."""

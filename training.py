@@ -539,6 +539,8 @@ def add_flags(parser, presets):
 
     presets: {name: {flag: value}}, the values of flags that are not given (fill_defaults).
     """
+    parser.allow_abbrev = False  # repeated() looks for --from-run as it is written
+
     def flag(name, text, **settings):
         values = {preset: settings_of[name] for preset, settings_of in presets.items() if name in settings_of}
         same = len({str(v) for v in values.values()}) == 1

@@ -36,10 +36,10 @@ def run(script, *flags, processes=1):
     """
     words = [str(HERE / script), *map(str, flags)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    print(f"\n$ python {'-m torch.distributed.run ' * (processes > 1)}{shlex.join([script, *words[1:]])}",
-          file=sys.stderr, flush=True)
+    launcher *= processes > 1
+    print(f"\n$ {shlex.join(['python', *launcher, script, *words[1:]])}", file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    child = subprocess.Popen([sys.executable, *launcher * (processes > 1), *words])
+    child = subprocess.Popen([sys.executable, *launcher, *words])
     try:
         status = child.wait()
     except BaseException:  # SIGTERM reached this process alone; after Ctrl-C, which reached both, no harm

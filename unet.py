@@ -50,6 +50,11 @@ class UNetConfig:
         if self.time_dim % 64:
             raise ValueError(f"time_dim={self.time_dim} is not divisible by 64, the width of a pooling head")
 
+    @property
+    def factor(self):
+        """Side of a position of the coarsest level, in latent positions."""
+        return 2 ** (len(self.channels) - 2)
+
 
 PRESETS = {
     "paper": UNetConfig(),
@@ -315,7 +320,7 @@ class UNet(nn.Module):
 
     text_mask (b, n): true (1) at tokens, false (0) at padding; None: all are tokens. self_cond, like x_t: the
     previous estimate of x_0, None for zeros; a network without self-conditioning raises a ValueError.
-    text may be what read(text, text_mask) returns. h and w must be multiples of 2^(len(channels) - 2).
+    text may be what read(text, text_mask) returns. h and w must be multiples of config.factor.
     """
 
     def __init__(self, config: UNetConfig):

@@ -26,6 +26,7 @@ from torch import nn
 
 import data
 import training
+import unet as unets
 from files import file_hash, load_safetensors, read_state
 from optim import Optimizers
 from unet import ResBlock, zero_init
@@ -188,13 +189,12 @@ def find_perceptual(where):
         raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
 
 
-def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight=1.0, coarse_weight=0.0):
-    """(loss, its terms) of img (b, 3, h, w): reconstruction at full and half resolution + KL.
+def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight, coarse_weight):
+    """(loss, its terms) of img (b, 3, h, w): reconstruction at full and half resolution + KL, and more.
 
     With coarse_weight, latents averaged over 2 x 2 positions are decoded as well and compared with the image
-    averaged over 2 x 2 pixels (Diffusability). Without it a channel may become noise from one position to
-    the next, which the decoder understands and a diffusion model cannot learn; h and w are then multiples
-    of two latent positions.
+    averaged over 2 x 2 pixels (Diffusability); h and w are then multiples of two latent positions. Without
+    it a channel may become unrelated from one position to the next (docs/experiments.md).
 
     The terms are Medfusion's with four changes. They are means, not sums over an image: the step does not
     depend on the image's size. The target at half resolution is average-pooled (Medfusion: nearest-exact).
@@ -325,9 +325,9 @@ def train(args):
     device = world.device
     torch.manual_seed(training.step_seed("weights", args.seed))
     vae = VAE(PRESETS[args.preset]).to(device, memory_format=torch.channels_last)
-    step = 2 * vae.factor if args.coarse_weight else vae.factor
-    if args.size % step or args.size < 32:
-        raise BadInput(f"--size {args.size}: expected a multiple of {step}, 32 or more")
+    multiple = vae.factor * unets.PRESETS[args.preset].factor  # the U-Net comes next and halves latents again
+    if args.size % multiple or args.size < 32:
+        raise BadInput(f"--size {args.size}: expected a multiple of {multiple}, 32 or more")
     train_records, val_records, fingerprint = training.read_data(args, world)
     with world.together():
         perceptual, perceptual_hash = find_perceptual(args.perceptual)
@@ -388,8 +388,8 @@ def main(argv=None):
     flag("muon_lr", "learning rate of Muon for the inner weights; 0: AdamW for all", type=float)
     flag("l1_weight", "weight of the absolute error", type=float)
     flag("kl_weight", "weight of the Kullback-Leibler divergence, a mean over latent elements", type=float)
-    flag("half_weight", "weight of the terms at half resolution", type=float)
-    flag("coarse_weight", "weight of the terms of an image decoded from latents of half the side", type=float)
+    flag("half_weight", "weight of the terms of the decoder's second output, at half resolution", type=float)
+    flag("coarse_weight", "weight of the terms of averaged latents, decoded; 0: none", type=float)
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     parser.add_argument("--perceptual", default="auto",
                         help="VGG-16 weights: a file, off, or auto (torchvision's cache)")

@@ -88,7 +88,7 @@ def test_the_loss_does_not_depend_on_the_images_size():
     vae = VAE(SMALL)
     small = images(1, 32)
     large = small.repeat(1, 1, 4, 4)
-    a, b = (vaes.loss_fn(vae, x, torch.randn(vae.latent_shape(x)), None, 1e-4, 1.0)[0].item()
+    a, b = (vaes.loss_fn(vae, x, torch.randn(vae.latent_shape(x)), None, 1e-4, 1.0, 1.0, 0.0)[0].item()
             for x in (small, large))
     assert a == pytest.approx(b, rel=0.1)
 
@@ -164,7 +164,7 @@ def test_the_coarse_term_sees_a_code_that_changes_its_sign_from_position_to_posi
             return img, F.avg_pool2d(img, 2)
 
     img = F.interpolate(images(size=16), size=32, mode="nearest")
-    plain, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0)
+    plain, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0, 0.0)
     assert plain.item() == pytest.approx(0.0, abs=1e-5) and "coarse_mse" not in parts
     loss, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0, 0.5)
     small = F.avg_pool2d(img, 2)
@@ -183,7 +183,8 @@ def test_one_batch_overfits():
     g = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(40):
-        loss, _ = vaes.loss_fn(vae, x, torch.randn(vae.latent_shape(x), generator=g), None, 1e-6, 1.0)
+        eps = torch.randn(vae.latent_shape(x), generator=g)
+        loss, _ = vaes.loss_fn(vae, x, eps, None, 1e-6, 1.0, 1.0, 0.0)
         opt.zero_grad()
         loss.backward()
         opt.step()
