@@ -26,6 +26,7 @@ HyperKvasir  Borgli et al. 2020, doi:10.1038/s41597-020-00622-y: 10,662 labelled
 from command import BadInput, run_command
 
 import argparse
+import filecmp
 import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -369,8 +370,13 @@ def check_out(src, out, images):
     if out.resolve() == Path(src).resolve():
         raise BadInput(f"{out}: --out must be another folder than --src")
     there = data.files_in(out / "images") if (out / "images").is_dir() else []
-    if others := {p.name for p in there} - {p.name for p in images}:
-        raise BadInput(f"{out}: holds {len(others)} images that are not from {src}; give an empty folder")
+    own = {p.name: p for p in images}
+    others = [p for p in there if p.name not in own or not filecmp.cmp(p, own[p.name], shallow=False)]
+    if others:
+        raise BadInput(f"{out}: holds {len(others)} images that are not from {src}, for example "
+                       f"{others[0].name}; give an empty folder")
+    if not there and (out / "prompt-gt.csv").exists():
+        raise BadInput(f"{out}: holds prompt-gt.csv of other images; give an empty folder")
 
 
 def write_folder(out, found, terms, left_out=None):

@@ -106,6 +106,15 @@ def test_kvasir_refuses_before_it_writes(tmp_path):
     with pytest.raises(BadInput, match="1 images that are not from"):
         kvasir.main(command)
     assert [p.name for p in out.rglob("*.*")] == ["stranger.png"]
+    own = next(src.glob("images/*"))
+    (out / "images/stranger.png").replace(out / "images" / own.name)  # another image under the same name
+    with pytest.raises(BadInput, match=f"1 images that are not from .*, for example {own.name}"):
+        kvasir.main(command)
+    (out / "images" / own.name).unlink()
+    (out / "prompt-gt.csv").write_text("my;notes")
+    with pytest.raises(BadInput, match="holds prompt-gt.csv of other images"):
+        kvasir.main(command)
+    assert (out / "prompt-gt.csv").read_text() == "my;notes"
 
 
 @pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 200), ((0, 0, 0), (255, 0, 0)),
