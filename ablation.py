@@ -8,6 +8,7 @@ baseline of the same seed, which shares its data, its autoencoder and, image by 
 from command import BadInput, at_least_one
 
 import random
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -48,6 +49,7 @@ COLUMNS = {  # figure of a result: heading
     "precision": "precision",
     "recall": "recall",
 }
+FIGURES = ("step", "loss", "loss_paraphrases", "n_judged", "n_shown")  # of every result
 
 
 def flags_of(arm):
@@ -79,7 +81,7 @@ def make_arm(args, arm, seed, folder):
                args.paraphrases, *flags_of(arm), "--seed", seed, "--out", folder / "run",
                *trials.given("--steps", args.steps), *trials.words_of("--training", args.training))
     result = {"arm": arm, "seed": seed}
-    line = trials.validation(folder / "run")
+    line = trials.validation(folder / "run", "val_loss_paraphrases")
     result |= {"step": line["step"], "loss": line["val_loss"],
                "loss_paraphrases": line["val_loss_paraphrases"]}
     for i, name in enumerate(("faithfulness", "images")):  # 100,000 seeds each, the same in every arm
@@ -175,8 +177,10 @@ def ablation(args):
 
 def write_tables(args):
     """ablation.md and ablation.json of all arms and seeds in the folder, those of other starts too."""
-    places = [p.parent for p in args.out.glob("seed-*/*/result.json") if p.parent.name in ARMS]
-    found = [read_json(p / "result.json") for p in sorted(places)]
+    places = sorted(p.parent for p in args.out.glob("seed-*/*/result.json")
+                    if p.parent.name in ARMS and re.fullmatch(r"seed-\d+", p.parent.parent.name))
+    found = [trials.result(p, FIGURES, COLUMNS) | {"arm": p.name, "seed": int(p.parent.name[5:])}
+             for p in places]
     by_arm = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
     means = {arm: means_of(seeds) for arm, seeds in by_arm.items()}
@@ -184,7 +188,11 @@ def write_tables(args):
     baseline = by_arm.get("baseline", {})
     gaps = {arm: gap for arm, seeds in by_arm.items()
             if arm != "baseline" and (gap := less_baseline(seeds, baseline))}
-    space = trials.space_of(places[0] / "metrics.json") if places else ""
+    names = sorted({trials.space_of(p / "metrics.json") for p in places})
+    if len(names) > 1:
+        raise BadInput(f"{args.out}: figures in several spaces, which do not compare: {'; '.join(names)}; "
+                       "give another --out, or remove result.json and metrics.json of some arms")
+    space = "".join(names)
     steps = sorted({r["step"] for r in found})
     notes = notes_of(args, found, space)
     heads = ["arm", "seeds", *COLUMNS.values()]

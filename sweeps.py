@@ -28,6 +28,7 @@ OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--cache", "--o
        "sampling": ("--ckpt", "--decoder", "--prior-lora", "--decoder-lora", "--prompt", "--prompts",
                     "--out")}
 METRICS = ("fid", "precision", "recall")
+FIGURES = ("rank", "alpha", "parameters", "val_loss")
 
 
 def train(args, network, flags, folder, epochs=None):
@@ -111,7 +112,8 @@ def best_prior(folder):
                        "prior's adapter by --prior-lora FOLDER")
     rows = read_json(file).get("results") or []
     if not isinstance(rows, list) or not rows or not all(
-            isinstance(row, dict) and row.keys() >= {"cell", "fid", "val_loss"} for row in rows):
+            isinstance(row, dict) and row.keys() >= {"cell", "fid", "val_loss"} and row["cell"] in CELLS
+            for row in rows):
         raise BadInput(f"{file}: expected the result of table1, with cells in its results; run table1 again "
                        "in its folder")
     key = "fid" if all(row["fid"] is not None for row in rows) else "val_loss"
@@ -122,7 +124,8 @@ def best_prior(folder):
 
 def write_table(args, name):
     """NAME.md and NAME.json of the cells in the folder, those of other starts too."""
-    found = list(trials.results({cell: args.out / cell for cell in CELLS}).values())
+    results = trials.results({cell: args.out / cell for cell in CELLS}, FIGURES, METRICS)
+    found = [r | {"cell": cell} for cell, r in results.items()]  # the place says which it is
     spaces = sorted({r["space"] for r in found if "space" in r})
     heads = ["adapter", "rank", "alpha", "trainable parameters", "validation loss", "FID", "precision",
              "recall"]

@@ -87,6 +87,10 @@ def given(flag, value):
 # Folders
 
 
+# Settings that may change while no cell has a result: further flags, which their command may have refused.
+FURTHER = ("training", "sampling", "judging")
+
+
 @contextlib.contextmanager
 def claimed(out, settings):
     """`with claimed(out, settings):` the folder of an experiment is this one's, by its settings.json.
@@ -100,10 +104,13 @@ def claimed(out, settings):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not (is_new := create_json(file, settings)):
         old = read_json(file)
+        has_results = any(p.parent.name != "vae" for p in out.glob("**/result.json"))
         for k in sorted(old.keys() | settings.keys()):
-            if old.get(k) != settings.get(k):
+            if old.get(k) != settings.get(k) and (has_results or k not in FURTHER):
                 raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
                                "give another --out")
+        if old != settings:
+            write_json(file, settings)
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
         yield
@@ -127,14 +134,41 @@ def cell(folder, make):
     return read_json(file)
 
 
-def results(folders):
-    """{key: result.json} of the folders {key: folder} that have one."""
-    return {k: read_json(f / "result.json") for k, f in folders.items() if (f / "result.json").exists()}
+def result(folder, figures, optional=()):
+    """The dict of a cell's result.json: figures are finite numbers, optional ones may be None or absent.
+
+    BadInput for any other: such a file was not written here, and a table of it would be wrong in silence.
+    """
+    file = Path(folder) / "result.json"
+    found = read_json(file)
+    for key in (*figures, *optional) if isinstance(found, dict) else ("a cell's figures",):
+        value = found.get(key) if isinstance(found, dict) else None
+        if not _is_finite(value) and not (key in optional and value is None):
+            raise BadInput(f"{file}: expected {key}, a finite number, got {value!r:.60}; remove the file, "
+                           "and the same command makes it again")
+    return found
 
 
-def validation(run_folder):
-    """The validation line of metrics.jsonl after step 0 with the lowest loss: that of the best checkpoint."""
+def results(folders, figures, optional=()):
+    """{key: result} of the folders {key: folder} that have one."""
+    return {k: result(f, figures, optional) for k, f in folders.items() if (f / "result.json").exists()}
+
+
+def _is_finite(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def validation(run_folder, *others):
+    """The validation line of metrics.jsonl after step 0 with the lowest loss: that of the best checkpoint.
+
+    others: further figures of such a line. BadInput without such a line, or where one is not a number.
+    """
     held_out = [line for line in read_log(run_folder)[0] if "val_loss" in line and line["step"]]
+    for line in held_out:
+        for key in ("val_loss", *others):
+            if not _is_finite(line.get(key)):
+                raise BadInput(f"{run_folder}/metrics.jsonl, step {line['step']}: expected {key}, a finite "
+                               f"number, got {line.get(key)!r:.60}")
     if not held_out:
         raise BadInput(f"{run_folder}/metrics.jsonl: no line with val_loss, expected one a checkpoint")
     return min(held_out, key=lambda line: line["val_loss"])
@@ -178,6 +212,8 @@ def check_space(args):
 def space_of(file):
     """The name of the space of a result of metrics.py --json."""
     found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("space"), str) or "weights" not in found:
+        raise BadInput(f"{file}: expected a result of metrics.py --json, with its space")
     return found["space"] + ", of random weights: comparable with nothing else" * (found["weights"] == "rule")
 
 

@@ -4,6 +4,7 @@ from command import BadInput
 
 import importlib
 import json
+import shutil
 import zipfile
 from argparse import Namespace
 
@@ -115,6 +116,11 @@ def test_the_validation_of_a_run_is_that_of_its_best_checkpoint_after_step_0(tmp
         trials.validation(tmp_path)
     log.write_text(log.read_text() + '{"step": 5, "val_loss": 0.4}\n{"step": 9, "val_loss": 0.6}\n')
     assert trials.validation(tmp_path) == {"step": 5, "val_loss": 0.4}
+    with pytest.raises(BadInput, match="step 5: expected val_loss_paraphrases, a finite number, got None"):
+        trials.validation(tmp_path, "val_loss_paraphrases")
+    log.write_text(log.read_text() + '{"step": 12, "val_loss": NaN}\n')
+    with pytest.raises(BadInput, match="step 12: expected val_loss, a finite number, got nan"):
+        trials.validation(tmp_path)
 
 
 def test_an_experiment_whose_first_command_refuses_leaves_no_folder(tmp_path):
@@ -124,8 +130,43 @@ def test_an_experiment_whose_first_command_refuses_leaves_no_folder(tmp_path):
                 (tmp_path / "a" / made).mkdir()
             raise BadInput("refused")
         assert sorted(p.name for p in tmp_path.rglob("*") if p.name != "a") == left
+    settings = json.loads((tmp_path / "a/settings.json").read_text())
+    assert settings == {"training": "--oops"}
+    with trials.claimed(tmp_path / "a", {"training": ""}):  # mended, before a cell has a result
+        pass
+    trials.cell(tmp_path / "a/vae", lambda folder: {"val_loss": 1.0})  # which no further flag is of
+    with trials.claimed(tmp_path / "a", {"training": "--lr 1"}):
+        trials.cell(tmp_path / "a/cell", lambda folder: {"val_loss": 1.0})
     with pytest.raises(BadInput, match="holds results"), trials.claimed(tmp_path / "a", {"training": ""}):
         raise AssertionError
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"loss": float("nan")}, "expected loss, a finite number, got nan; remove the file"),
+    ({"loss": "0.5"}, "expected loss, a finite number, got '0.5'"), ({"fid": True}, "expected fid"),
+    ({"n_judged": None}, "expected n_judged, a finite number, got None"), ({"fid": None}, None),
+    ({"arm": "all-three", "seed": 7}, None)])
+def test_a_result_that_is_none_is_one_line_and_its_place_says_whose_it_is(tmp_path, change, said):
+    planted(tmp_path, "baseline", 0, 0.5, 50)
+    file = tmp_path / "seed-0/baseline/result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    shutil.copytree(tmp_path / "seed-0", tmp_path / "seed-0 copy")  # a backup is no seed
+    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
+    if said:
+        with pytest.raises(BadInput, match=said):
+            ablation.write_tables(args)
+    else:
+        ablation.write_tables(args)
+        assert list(rows_of(tmp_path / "ablation.md")) == ["arm", ":---", "baseline"]
+
+
+def test_figures_in_two_spaces_make_no_table(tmp_path):
+    for seed, space in enumerate(("inception", "classifier")):
+        planted(tmp_path, "baseline", seed, 0.5, 50)
+        write_json(tmp_path / f"seed-{seed}/baseline/metrics.json", {"space": space, "weights": "f00d"})
+    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
+    with pytest.raises(BadInput, match="in several spaces, which do not compare: classifier; inception"):
+        ablation.write_tables(args)
 
 
 def test_further_flags_are_none_that_the_experiment_gives_itself():
