@@ -40,8 +40,6 @@ except ImportError:  # Windows: run folders are not locked there
 
 # The folder
 
-# Settings that came later: (a setting of the same command, what it was before there was a choice).
-LATER = {"coarse_weight": ("half_weight", 0.0)}
 CHECKPOINTS = ("best.safetensors", "last.safetensors", "best", "last", "best-fid.safetensors")
 
 
@@ -65,9 +63,6 @@ def read_run(folder):
     if type(total := config.get("images_a_step", 1)) is not int or total < 1:
         raise BadInput(f"{folder}/config.json: images_a_step={total!r:.100}, expected a number of images; "
                        "the file is damaged")
-    for key, (beside, value) in LATER.items():
-        if beside in config["settings"]:
-            config["settings"].setdefault(key, value)
     return config
 
 

@@ -617,7 +617,7 @@ def check_flags(args):
     check_range(args, 0, 1, *present("p_uncond", "p_self_cond", "jitter", "dropout", "ema_decay",
                                      "lora_dropout"))
     check_range(args, 0, math.inf, *present("lr", "muon_lr", "warmup", "minutes", "shown", "min_snr_gamma",
-                                            "l1_weight", "kl_weight", "half_weight", "coarse_weight"))
+                                            "l1_weight", "kl_weight", "half_weight"))
     check_range(args, -2**63, 2**64 - 1, *present("seed"))
     mean, deviation = getattr(args, "logit_normal", None) or (0, 1)
     if not (math.isfinite(mean) and 0 < deviation < math.inf):

@@ -5,7 +5,6 @@ VAE    arXiv:1312.6114   the KL-regularised autoencoder; App. B: the KL of two G
 LDM    arXiv:2112.10752  Sec. 3.1  compress the images first, with a perceptual and a small KL term;
                          App. G  unit-variance latents
 Medfusion  arXiv:2212.07501  the network with its deep supervision, and the terms of the loss (loss_fn)
-Diffusability  arXiv:2502.14831  scale equivariance: averaged latents decode to the averaged image
 LPIPS  arXiv:1801.03924  Sec. 3  distance of unit-normalised VGG features, here without its learnt weights
 SSIM   Wang et al. 2004, IEEE TIP 13(4), Eqs. 13 and 17
 
@@ -189,12 +188,8 @@ def find_perceptual(where):
         raise BadInput(f"{path}: not torchvision's VGG-16 weights ({str(error).splitlines()[0]})") from None
 
 
-def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight, coarse_weight):
-    """(loss, its terms) of img (b, 3, h, w): reconstruction at full and half resolution + KL, and more.
-
-    With coarse_weight, latents averaged over 2 x 2 positions are decoded as well and compared with the image
-    averaged over 2 x 2 pixels (Diffusability); h and w are then multiples of two latent positions. Without
-    it a channel may become unrelated from one position to the next (docs/experiments.md).
+def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight):
+    """(loss, its terms) of img (b, 3, h, w): reconstruction at full and half resolution + KL.
 
     The terms are Medfusion's with four changes. They are means, not sums over an image: the step does not
     depend on the image's size. The target at half resolution is average-pooled (Medfusion: nearest-exact).
@@ -202,14 +197,10 @@ def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight, coarse
     SSIM is not clamped at 0.
     """
     mu, logvar = vae.moments(img)
-    z, small = reparameterise(mu, logvar, eps), F.avg_pool2d(img, 2)
-    out, half = vae.decode_unscaled(z)
-    compared = [("", 1.0, out, img), ("half_", half_weight, half, small)]
-    if coarse_weight:
-        compared.append(("coarse_", coarse_weight, vae.decode_unscaled(F.avg_pool2d(z, 2))[0], small))
+    out, half = vae.decode_unscaled(reparameterise(mu, logvar, eps))
     kl = kl_divergence(mu, logvar)
     loss, parts = kl_weight * kl, {"kl": kl}
-    for name, weight, x, target in compared:
+    for name, weight, x, target in (("", 1.0, out, img), ("half_", half_weight, half, F.avg_pool2d(img, 2))):
         mse = F.mse_loss(x, target)
         with torch.autocast(x.device.type, enabled=False):  # bf16 cannot resolve the variance of smooth areas
             dssim = 1 - ssim(x.float(), target.float()).mean()
@@ -249,11 +240,9 @@ def load(path, device="cpu") -> VAE:
 # kl_weight = 1e-6 * 8192 / 196608 = 4.2e-8, half_weight = 49152 / 196608 = 0.25, and 1 for all others.
 TRAINING = {
     "paper": {"size": 256, "steps": 50_000, "batch_size": 8, "lr": 1e-4, "muon_lr": 0.0, "warmup": 100,
-              "cosine": False, "l1_weight": 0.0, "kl_weight": 4.2e-8, "half_weight": 0.25,
-              "coarse_weight": 0.0, "jitter": 0.4},
+              "cosine": False, "l1_weight": 0.0, "kl_weight": 4.2e-8, "half_weight": 0.25, "jitter": 0.4},
     "tiny": {"size": 64, "steps": 800, "batch_size": 16, "lr": 1e-3, "muon_lr": 3e-3, "warmup": 100,
-             "cosine": True, "l1_weight": 1.0, "kl_weight": 3e-3, "half_weight": 1.0,
-             "coarse_weight": 0.5, "jitter": 0.0},
+             "cosine": True, "l1_weight": 1.0, "kl_weight": 3e-3, "half_weight": 1.0, "jitter": 0.0},
 }
 TRAINING["demo"] = TRAINING["tiny"] | {"steps": 250, "warmup": 20}
 
@@ -296,7 +285,7 @@ class Objective:
         img = batch.img.contiguous(memory_format=torch.channels_last)
         with training.autocast(self.device):
             return loss_fn(self.vae, img, batch.eps, self.perceptual, args.kl_weight, args.l1_weight,
-                           args.half_weight, args.coarse_weight)
+                           args.half_weight)
 
     def loss(self, batch):
         return self.terms(batch)[0]
@@ -389,7 +378,6 @@ def main(argv=None):
     flag("l1_weight", "weight of the absolute error", type=float)
     flag("kl_weight", "weight of the Kullback-Leibler divergence, a mean over latent elements", type=float)
     flag("half_weight", "weight of the terms of the decoder's second output, at half resolution", type=float)
-    flag("coarse_weight", "weight of the terms of averaged latents, decoded; 0: none", type=float)
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     parser.add_argument("--perceptual", default="auto",
                         help="VGG-16 weights: a file, off, or auto (torchvision's cache)")

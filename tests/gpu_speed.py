@@ -266,7 +266,7 @@ def stage_sampling(report, sizes, device, args):
 
 def stage_vae(report, sizes, device, args):
     vae = vaes.VAE(vaes.PRESETS[sizes.preset]).to(device, memory_format=torch.channels_last).train()
-    settings = SimpleNamespace(kl_weight=4.2e-8, l1_weight=0.0, half_weight=0.25, coarse_weight=0.0)
+    settings = SimpleNamespace(kl_weight=4.2e-8, l1_weight=0.0, half_weight=0.25)
     objective = vaes.Objective(vae, None, settings, device)
     params = dict(vae.named_parameters())
     take_step = training.Step(objective, params, optim.Optimizers(params, 1e-4), None,

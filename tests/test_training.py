@@ -137,14 +137,6 @@ def test_other_settings_or_data_on_the_same_folder_are_refused(tmp_path):
         training.Run(tmp_path, {"lr": 1, "steps": 5}, "changed", ranks())
 
 
-def test_a_setting_that_came_later_has_its_old_value_in_an_old_folder(tmp_path):
-    training.Run(tmp_path, {"half_weight": 1.0}, "data", ranks())
-    assert "coarse_weight" not in json.loads((tmp_path / "config.json").read_text())["settings"]
-    training.Run(tmp_path, {"half_weight": 1.0, "coarse_weight": 0.0}, "data", ranks())
-    with pytest.raises(BadInput, match="started with coarse_weight=0.0, now coarse_weight=0.5"):
-        training.Run(tmp_path, {"half_weight": 1.0, "coarse_weight": 0.5}, "data", ranks())
-
-
 def test_a_run_that_has_ended_keeps_the_versions_it_was_made_with(tmp_path):
     _, p, opt = saved_run(tmp_path)
     file = tmp_path / "config.json"

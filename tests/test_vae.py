@@ -16,7 +16,7 @@ import vae as vaes
 from vae import VAE, VAEConfig, kl_divergence, ssim
 
 SMALL = VAEConfig(channels=(8, 16, 16), latent_channels=4)
-WEIGHTS = ("kl_weight", "l1_weight", "half_weight", "coarse_weight")
+WEIGHTS = ("kl_weight", "l1_weight", "half_weight")
 
 
 def images(n=2, size=32, seed=0):
@@ -88,7 +88,7 @@ def test_the_loss_does_not_depend_on_the_images_size():
     vae = VAE(SMALL)
     small = images(1, 32)
     large = small.repeat(1, 1, 4, 4)
-    a, b = (vaes.loss_fn(vae, x, torch.randn(vae.latent_shape(x)), None, 1e-4, 1.0, 1.0, 0.0)[0].item()
+    a, b = (vaes.loss_fn(vae, x, torch.randn(vae.latent_shape(x)), None, 1e-4, 1.0, 1.0)[0].item()
             for x in (small, large))
     assert a == pytest.approx(b, rel=0.1)
 
@@ -146,36 +146,6 @@ def test_validation_twice_is_one_number_and_leaves_the_network():
     assert all(p.grad is None for p in vae.parameters())
 
 
-@pytest.mark.parametrize("alternates", [False, True])
-def test_the_coarse_term_sees_a_code_that_changes_its_sign_from_position_to_position(alternates):
-    class Code:
-        """A perfect autoencoder: a pixel is its latent, with the sign of a chessboard if it alternates."""
-
-        def __init__(self):
-            self.sign = torch.ones(32, 32)
-            if alternates:
-                self.sign[::2, ::2] = self.sign[1::2, 1::2] = -1
-
-        def moments(self, img):
-            return img * self.sign, torch.full_like(img, -30.0)
-
-        def decode_unscaled(self, z):
-            img = z * self.sign[:z.shape[2], :z.shape[3]]
-            return img, F.avg_pool2d(img, 2)
-
-    img = F.interpolate(images(size=16), size=32, mode="nearest")
-    plain, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0, 0.0)
-    assert plain.item() == pytest.approx(0.0, abs=1e-5) and "coarse_mse" not in parts
-    loss, parts = vaes.loss_fn(Code(), img, torch.zeros_like(img), None, 0.0, 1.0, 1.0, 0.5)
-    small = F.avg_pool2d(img, 2)
-    if alternates:  # averaged, it decodes to nothing
-        expected = small.square().mean() + small.abs().mean() + 1 - ssim(0 * small, small).mean()
-        torch.testing.assert_close(parts["coarse_mse"], small.square().mean())
-        torch.testing.assert_close(loss - plain, 0.5 * expected)
-    else:
-        torch.testing.assert_close(loss, plain)
-
-
 def test_one_batch_overfits():
     torch.manual_seed(0)
     vae, x = VAE(SMALL), torch.nn.functional.interpolate(images(size=4), size=32, mode="bilinear")
@@ -184,7 +154,7 @@ def test_one_batch_overfits():
     losses = []
     for _ in range(40):
         eps = torch.randn(vae.latent_shape(x), generator=g)
-        loss, _ = vaes.loss_fn(vae, x, eps, None, 1e-6, 1.0, 1.0, 0.0)
+        loss, _ = vaes.loss_fn(vae, x, eps, None, 1e-6, 1.0, 1.0)
         opt.zero_grad()
         loss.backward()
         opt.step()
