@@ -163,7 +163,11 @@ def true_prompts(path, mask_path) -> list[str]:
                        "save both upright, without EXIF")
     if img.size != mask.size:
         raise BadInput(f"{mask_path}: expected the size of its image, {img.size}, got {mask.size}")
-    polyps = polyps_in(binary(np.asarray(mask).max(-1).astype(int), mask_path))
+    is_polyp = binary(np.asarray(mask).max(-1).astype(int), mask_path)
+    if is_polyp.mean() > 0.95:
+        raise BadInput(f"{mask_path}: white in {is_polyp.mean():.0%} of its pixels; expected polyps white on "
+                       "black; is it inverted?")
+    polyps = polyps_in(is_polyp)
     n = len(polyps)
     facts = [{"n_polyps": n}, {"n_findings": n}, {"procedure": "colonoscopy"}, {"box": has_box(img)}]
     if polyps:
@@ -178,7 +182,11 @@ def convert_seg(src, out, workers):
     if not (Path(src) / "masks").is_dir():
         raise BadInput(f"{src}: holds no folder masks/")
     check_out(src, out, images)
-    masks = {p.stem: p for p in data.files_in(Path(src) / "masks")}
+    files = data.files_in(Path(src) / "masks")
+    masks = {p.stem: p for p in files}
+    if twice := [p.name for p in files if masks[p.stem] != p]:
+        raise BadInput(f"{src}/masks: {twice[0]} and {masks[Path(twice[0]).stem].name} are masks of one "
+                       "image; keep one")
     missing = [p.name for p in images if p.stem not in masks]
     if missing or not images:
         raise BadInput(f"{src}/masks: no mask for {len(missing)} of {len(images)} images "

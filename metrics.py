@@ -35,6 +35,7 @@ import training
 from data import SUFFIXES, batches, check_writable, read_ahead
 from distances import (
     as_features,
+    as_moment,
     ball_counts,
     f1_score,
     fid,
@@ -67,6 +68,7 @@ from pixels import FORMATS, open_image, preprocess
 
 SPLITS, K, PARTS = 10, 3, 4
 LEAST_RESAMPLES = 20  # of a 95 % interval: of fewer, it is one of their extremes
+MOST_RESAMPLES = 100_000  # more change no digit that is shown
 K_DENSITY = 5  # of density and coverage, as Naeem et al. choose it
 SOFTMAX = ("imageclef", "imageclef-resized")  # the protocols whose features are softmax outputs
 RESULT = ("fid", "protocol", "n_fake", "kid_subset_size", "weights_published")  # keys of a --json file
@@ -231,7 +233,8 @@ def read_stats(path, protocol):
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise BadInput(f"{path}: expected an .npz with mu and sigma ({error})") from None
         print(f"{path}: holds no weights, resize or size to check against this run", file=sys.stderr)
-        return moments
+        return {name: as_moment(x, f"{path}: {name}", ndim)
+                for (name, x), ndim in zip(moments.items(), (1, 2), strict=True)}
     tensors, metadata = load_safetensors(path)
     if "features" not in tensors:
         held = ", ".join(list(tensors)[:3]) or "nothing"
@@ -369,6 +372,8 @@ def parse(argv):
     if args.batch_size < 1 or args.workers < 0:
         raise BadInput("expected --batch-size >= 1 and --workers >= 0, "
                        f"got {args.batch_size} and {args.workers}")
+    if args.bootstrap > MOST_RESAMPLES:
+        raise BadInput(f"--bootstrap {args.bootstrap}: expected at most {MOST_RESAMPLES} resamples")
     if args.bootstrap and args.bootstrap < LEAST_RESAMPLES:
         raise BadInput(f"--bootstrap {args.bootstrap}: expected at least {LEAST_RESAMPLES} resamples for an "
                        "interval of 95 %, or 0 for none")

@@ -128,6 +128,17 @@ def test_masks_of_any_value_show_the_polyp(tmp_path, values):
     assert kvasir.true_prompts(src / "images" / "one.jpg", tmp_path / "mask.png") == found
 
 
+def test_an_inverted_mask_and_two_masks_of_one_image_are_refused(tmp_path):
+    src, out = kvasir_folder(tmp_path / "src"), tmp_path / "out"
+    command, mask = ["seg", "--src", str(src), "--out", str(out)], src / "masks" / "none.jpg"
+    Image.new("L", (360, 300), 255).save(mask)
+    with pytest.raises(BadInput, match="none.jpg: white in 100% of its pixels; .* is it inverted"):
+        kvasir.main(command)
+    Image.new("L", (360, 300)).save(mask.with_suffix(".png"))
+    with pytest.raises(BadInput, match="none.* and none.* are masks of one image; keep one"):
+        kvasir.main(command)
+
+
 @pytest.mark.parametrize("values, shown", [((0, 1, 2), "0, 1, 2"), ((0, 1, 255), "0, 1, 255"),
                                            ((0, 128, 255), "0, 128, 255"), ((40, 200, 200), "40, 200")])
 def test_masks_of_several_values_are_refused_by_name(tmp_path, values, shown):

@@ -458,6 +458,12 @@ def test_real_stats_replace_the_real_images(folders, capsys):
     third = json.loads((folders / "c.json").read_text())
     assert third["fid"] == pytest.approx(first["fid"], rel=1e-6) and "recall" not in third
     assert f"{first['fid']:.4f}" in capsys.readouterr().out
+    for mu, said in ((x.mean(0) * np.nan, "broken.npz: mu: holds NaN"),
+                     (x, "broken.npz: mu: expected a vector"),
+                     (x.mean(0) + 1j, "broken.npz: mu: expected real numbers, got complex128")):
+        np.savez(folders / "broken.npz", mu=mu, sigma=np.cov(x.T))
+        with pytest.raises(BadInput, match=said):
+            metrics.main([*arguments, "--real-stats", str(folders / "broken.npz")])
     (folders / "broken.npz").write_bytes(b"PK")
     with pytest.raises(BadInput, match="mu and sigma"):
         metrics.main([*arguments, "--real-stats", str(folders / "broken.npz")])

@@ -244,6 +244,7 @@ def test_two_processes_give_the_figures_of_one_in_another_space(folders, encoder
     (["--protocol", "imageclef2025", "--pairs", "p.csv", "--kid-subset-size", "10"], "2025 has no KID"),
     (["--bootstrap", "-1"], "--bootstrap -1: expected at least 20 resamples"),
     (["--bootstrap", "1"], "--bootstrap 1: expected at least 20 resamples"),
+    (["--bootstrap", "1000000"], "--bootstrap 1000000: expected at most 100000 resamples"),
     (["--features", ""], "--features '': expected inception, a vision model"),
     (["--features", "classifier:"], "--features 'classifier:': expected .* classifier:FILE"),
 ])
