@@ -332,10 +332,9 @@ def two_sets(real, fake, least):
 
 
 def as_moment(x, name, ndim):
-    x = torch.as_tensor(x)
-    if x.is_complex():
+    if torch.is_tensor(x) and x.is_complex():
         raise BadInput(f"{name}: expected real numbers, got {str(x.dtype).removeprefix('torch.')}")
-    x = x.double()
+    x = torch.as_tensor(x, dtype=torch.float64)
     if x.ndim != ndim or ndim == 2 and len(x) != x.shape[1]:
         expected = "square matrix" if ndim == 2 else "vector"
         raise BadInput(f"{name}: expected a {expected}, got shape {tuple(x.shape)}")

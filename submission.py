@@ -147,9 +147,10 @@ def write_table(args):
     """table3.md and table3.json of everything in the folder."""
     found = [trials.result(file.parent, ["n"]) for file in sorted(args.out.glob("*/result.json"))]
     for r in found:
-        if missing := [k for k in ("source", *args.measures) if k not in r]:
-            raise BadInput(f"{args.out}: a result.json without {missing[0]}, expected those of table3; the "
-                           "folder is to hold nothing else")
+        missing = [name for name in args.measures if not isinstance(r.get(name), dict)]
+        if missing or "source" not in r:
+            raise BadInput(f"{args.out}: a result.json without {(*missing, 'source')[0]}, expected those of "
+                           "table3; the folder is to hold nothing else")
     keys = {"fid": "FID", "fid_fake_half": "FID, equal n", "fid_real_half": "FID of real images, equal n",
             "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
     shown = {name: [k for k in keys if any(r[name].get(k) is not None for r in found)]

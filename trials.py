@@ -87,10 +87,6 @@ def given(flag, value):
 # Folders
 
 
-# Settings that may change while no cell has a result: further flags, which their command may have refused.
-FURTHER = ("training", "sampling", "judging")
-
-
 @contextlib.contextmanager
 def claimed(out, settings):
     """`with claimed(out, settings):` the folder of an experiment is this one's, by its settings.json.
@@ -104,13 +100,10 @@ def claimed(out, settings):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not (is_new := create_json(file, settings)):
         old = read_json(file)
-        has_results = any(p.parent.name != "vae" for p in out.glob("**/result.json"))
         for k in sorted(old.keys() | settings.keys()):
-            if old.get(k) != settings.get(k) and (has_results or k not in FURTHER):
+            if old.get(k) != settings.get(k):
                 raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
                                "give another --out")
-        if old != settings:
-            write_json(file, settings)
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
         yield
@@ -141,8 +134,8 @@ def result(folder, figures, optional=()):
     """
     file = Path(folder) / "result.json"
     found = read_json(file)
-    for key in (*figures, *optional) if isinstance(found, dict) else ("a cell's figures",):
-        value = found.get(key) if isinstance(found, dict) else None
+    for key in (*figures, *optional):
+        value = found.get(key)
         if not _is_finite(value) and not (key in optional and value is None):
             raise BadInput(f"{file}: expected {key}, a finite number, got {value!r:.60}; remove the file, "
                            "and the same command makes it again")
@@ -212,7 +205,7 @@ def check_space(args):
 def space_of(file):
     """The name of the space of a result of metrics.py --json."""
     found = read_json(file)
-    if not isinstance(found, dict) or not isinstance(found.get("space"), str) or "weights" not in found:
+    if not isinstance(found.get("space"), str) or "weights" not in found:
         raise BadInput(f"{file}: expected a result of metrics.py --json, with its space")
     return found["space"] + ", of random weights: comparable with nothing else" * (found["weights"] == "rule")
 
