@@ -139,7 +139,8 @@ def prepare(args):
     check_files(args)
     records = {folder: data.read_folder(folder) for folder in {args.data, args.real, args.judge}}
     settings = {k: getattr(args, k) for k in ("preset", "steps", "images", "per_value", "training",
-                                              "sampling", "judging", "features", "weights")}
+                                              "sampling", "judging")}
+    settings["space"] = trials.space_flags(args, "the judge")  # by its hash, if it was given
     prints = {k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")}
     return settings | hashes | prints, records[args.real]
 

@@ -103,7 +103,7 @@ def claimed(out, settings):
         for k in sorted(old.keys() | settings.keys()):
             if old.get(k) != settings.get(k):
                 raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
-                               "give another --out")
+                               f"give another --out, or, if no result is of the first, mend {file}")
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
         yield

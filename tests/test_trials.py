@@ -265,7 +265,8 @@ def test_an_arm_of_which_nothing_could_be_judged_has_no_faithfulness(tmp_path):
 
 
 def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_what_the_files_hold(
-        made, tmp_path, commands):
+        made, tmp_path, commands, monkeypatch):
+    monkeypatch.setattr(trials.inception, "cached_file", lambda which: None)
     vae.main(["--data", str(made / "data"), "--out", str(tmp_path / "vae"), "--size", "32", "--steps", "2",
               "--perceptual", "off"])
     given = ["ablation", "--data", made / "data", "--out", tmp_path / "a", "--vae",
@@ -294,8 +295,14 @@ def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_w
         assert [x.split()[0] for x in rows[arm][4:]] == [
             trials.number(found[k]) for k in ("fid", "precision", "recall")]
     assert rows["baseline"][1:3] != rows["paraphrases-replace"][1:3]
-    with pytest.raises(BadInput, match="holds results of steps=2, now steps=3"):
+    with pytest.raises(BadInput, match="holds results of steps=2, now steps=3; give another --out, or, if no "
+                       "result is of the first, mend .*a/settings.json"):
         main(*given, "--steps", 3)
+    commands.ran.clear()
+    monkeypatch.setattr(trials.inception, "cached_file", lambda which: "there")  # other metrics now
+    with pytest.raises(BadInput, match=r"classifier:the judge'\], now space=\[\]"):
+        main(*given, "--seeds", 2)
+    assert not commands.ran
 
 
 # Rank sweeps
