@@ -158,7 +158,7 @@ try-kandinsky3: $(INSTALL) $(SMALL) $(TINY3)  ## the commands of train-kandinsky
 	@echo "the sheet is out/try-kandinsky3/grid.png"
 
 # The paper's experiments. Without DATA, PRIOR and DECODER they run on built-in data and tiny models. Each goes on where
-# it was; its table is OUT/NAME.md. FLAGS go to experiments.py.
+# it was; its table is OUT/NAME.md. FLAGS go to experiments.py; table2's to table1 too, which it runs first.
 
 SPACE  = $${FEATURES:+--features "$$FEATURES"} $${WEIGHTS:+--weights "$$WEIGHTS"} $(FLAGS)
 LENGTH = $${STEPS:+--steps "$$STEPS"}

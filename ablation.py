@@ -21,8 +21,8 @@ import wording
 from files import file_hash, read_json, write_csv
 from tables import wilson
 
-# Mixed in with probability 0, paraphrases play no part in a training: it is validated on them all the same.
-# None is not given, as to strategies other than mix, which do not read it.
+# Mixed in with probability 0, paraphrases are never drawn: a training is validated on them all the same, and
+# its tokenizer is learnt from them too. None is not given, as to strategies other than mix.
 OFF = {"self-conditioning": False, "dropout": 0.0, "jitter": 0.0, "views": 1, "strategy": "mix", "mix-p": 0}
 LIGHT = {"jitter": 0.4, "views": 8}  # brightness and contrast, as in the preset paper
 ARMS = {  # what differs from the baseline
@@ -37,7 +37,7 @@ ARMS = {  # what differs from the baseline
 }
 # What an arm gives itself, so that the further flags of each cannot.
 OWN = {"training": ("--preset", "--data", "--vae", "--init", "--paraphrases", "--seed", "--out", "--steps",
-                    "--no-self-conditioning", *(f"--{name}" for name in OFF)),
+                    "--minutes", "--no-self-conditioning", *(f"--{name}" for name in OFF)),
        "sampling": ("--ckpt", "--prompt", "--prompts", "-n", "--seed", "--out"),
        "judging": ("--real", "--fake", "--classifier", "--json")}
 SAMPLING = {"tiny": "--solver dpmpp --steps 20", "demo": "--solver dpmpp --steps 20", "paper": ""}
@@ -118,9 +118,14 @@ def check_files(args):
     if args.classifier:
         spaces.load(f"classifier:{args.classifier}")
     if args.paraphrases:
-        wording.read(Namespace(paraphrases=args.paraphrases, data=args.data, captions=None, strategy=None,
-                               mix_p=None))
+        check_paraphrases(args)
     trials.check_space(args)
+
+
+def check_paraphrases(args):
+    """BadInput for paraphrases that a training of the data refuses."""
+    wording.read(Namespace(paraphrases=args.paraphrases, data=args.data, captions=None, strategy=None,
+                           mix_p=None))
 
 
 def prepare(args):
@@ -148,12 +153,13 @@ def prepare(args):
 def make_shared(args, real):
     """What all arms share: autoencoder, paraphrases, prompts; real: the records that these are of."""
     args.classifier = args.classifier or args.out / "judge.safetensors"
-    if not args.vae:
-        args.vae = args.out / "vae/best.safetensors"
-        trials.cell(args.out / "vae", lambda folder: make_vae(args, folder))
     if not args.paraphrases:
         args.paraphrases = args.out / "paraphrases.csv"
         trials.run("experiments.py", "paraphrase", "--data", args.data, "--out", args.paraphrases)
+        check_paraphrases(args)
+    if not args.vae:
+        args.vae = args.out / "vae/best.safetensors"
+        trials.cell(args.out / "vae", lambda folder: make_vae(args, folder))
     if not (args.out / "prompts-faithfulness.csv").exists():
         trials.run("judges.py", "prompts", "--per-value", args.per_value, "--out",
                    args.out / "prompts-faithfulness.csv")
@@ -189,11 +195,7 @@ def write_tables(args):
     baseline = by_arm.get("baseline", {})
     gaps = {arm: gap for arm, seeds in by_arm.items()
             if arm != "baseline" and (gap := less_baseline(seeds, baseline))}
-    names = sorted({trials.space_of(p / "metrics.json") for p in places})
-    if len(names) > 1:
-        raise BadInput(f"{args.out}: figures in several spaces, which do not compare: {'; '.join(names)}; "
-                       "give another --out, or remove result.json and metrics.json of some arms")
-    space = "".join(names)
+    space = trials.one_space(args.out, [trials.space_of(p / "metrics.json") for p in places])
     steps = sorted({r["step"] for r in found})
     notes = notes_of(args, found, space)
     heads = ["arm", "seeds", *COLUMNS.values()]
@@ -227,8 +229,10 @@ def less_baseline(seeds, baseline):
 
 
 def cell_text(mean, key, only):
-    """A figure with the interval that there is; only: the result of an arm with one seed."""
-    low, high = mean["wilson"] if key == "faithfulness" else (only.get(f"{key}_low"), only.get(f"{key}_high"))
+    """A figure with its interval over seeds or, of an arm with one, whose result is only, over images."""
+    low, high = only.get(f"{key}_low"), only.get(f"{key}_high")
+    if only and key == "faithfulness":
+        low, high = mean["wilson"]
     if low is None:
         return trials.number(*mean[key])
     return f"{trials.number(mean[key][0])} ({trials.number(low)}-{trials.number(high)})"
@@ -240,20 +244,28 @@ def notes_of(args, found, space):
     judged = found[0]["n_judged"] if found else 0
     recipe = f"{args.steps} steps instead of the recipe's" if args.steps else "the preset's whole recipe"
     more = f"; further flags of each: {args.training}" if args.training else ""
-    return [
-        f"Trainings: {len(found)}, of {n_seeds} seed{'s' * (n_seeds != 1)}; {recipe}{more}; one autoencoder.",
+    n_gaps = len(COLUMNS) * len({r["arm"] for r in found} - {"baseline"})
+    notes = [
+        f"Trainings: {len(found)}, of {n_seeds} seed{'s' * (n_seeds != 1)}, on {args.data}; {recipe}{more}; "
+        "one autoencoder.",
         "± is half of the 95 % interval of the mean by Student's t over the seeds, wide for three. "
-        "Differences are of pairs that share seed, data and sampling noise; one whose interval "
-        "holds 0 shows nothing.",
+        "Differences are of pairs that share seed, data and sampling noise; one whose interval holds 0 shows "
+        f"nothing, and of {n_gaps} such intervals {0.05 * n_gaps:.1g} miss 0 by chance.",
+        "In brackets, for an arm with one seed: the 95 % over its images, which says nothing of another "
+        "training with another seed.",
         "Held-out loss (lower is better): of the best checkpoint on the held-out tenth of the data, with "
-        "the original prompts and with their paraphrases; self-conditioning feeds no estimate back there. "
-        "The tokenizer is learnt from both in every arm.",
+        "the original prompts, which choose that checkpoint, and with their paraphrases; self-conditioning "
+        "feeds no estimate back there. The tokenizer is learnt from both in every arm.",
         f"Faithfulness (higher is better): share of {judged} requested attributes an arm and seed that the "
-        "judge's classifier finds in the image; in brackets Wilson's 95 % of the images of all seeds.",
-        f"FID (lower is better), precision, recall: {args.images} images of as many prompts, in the space: "
-        f"{space}; in brackets, for one seed, the 95 % of metrics.py over its images. Sampling: "
-        f"{args.sampling or 'the defaults of sampler.py'}.",
+        f"judge's classifier, trained on {args.judge}, finds in the image.",
+        f"FID (lower is better), precision, recall: {args.images} images of as many prompts against "
+        f"{args.real}, in the space: {space}. An FID of so few is too large: it compares in this table only. "
+        f"Sampling: {args.sampling or 'the defaults of sampler.py'}.",
     ]
+    if args.judge == args.data:
+        notes.append("The judge was trained on the images that the model was trained on: a model that copies "
+                     "them looks faithful. Give images of others by --judge.")
+    return notes
 
 
 def add_flags(parser):
@@ -264,7 +276,8 @@ def add_flags(parser):
     flag("--out", required=True, help="folder of the experiment; the same command goes on in it")
     flag("--preset", choices=sorted(SAMPLING), default="tiny", help="network and training settings")
     flag("--vae", help="checkpoint of vae.py that all arms share; None: one is trained")
-    flag("--classifier", help="classifier of judges.py that all arms share; None: one is trained")
+    flag("--classifier", help="classifier of judges.py, trained on --judge, that all arms share; None: "
+         "one is trained")
     flag("--paraphrases", help="csv of experiments.py paraphrase; None: one is made of the grammar")
     flag("--steps", type=int, help="steps of each training; None: the preset's")
     flag("--seeds", type=int, default=3, help="trainings of each arm")
@@ -272,7 +285,8 @@ def add_flags(parser):
          help="which, for several machines on one folder")
     flag("--images", type=int, default=500, help="images of an arm for FID, precision and recall")
     flag("--per-value", type=int, default=10, help="images for each value that faithfulness asks for")
-    flag("--training", default="", help="further flags of msdm.py, as one string")
+    flag("--training", default="", help="further flags of msdm.py, as one string; another --size needs a "
+         "--vae that was trained at it")
     flag("--sampling", help="more flags of sampler.py, as one string; None: 20 dpmpp steps, but for paper")
     flag("--judging", default="", help="further flags of judges.py faithfulness, as one string")
     trials.add_space_flags(parser)

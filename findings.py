@@ -66,9 +66,9 @@ def gather(run, samples=None, metrics=(), faithfulness=None, memorisation=None) 
     if unfinished:
         found.failures.append(f"{run / 'metrics.jsonl'}, row {unfinished}: unfinished, left out")
     weights = hashes_of(run)
-    folders = [read_samples(samples, weights)] if samples else find_samples(run, weights)
+    folders = [read_samples(samples, weights)] if samples else find_samples(run, weights, found.failures)
     found.samples = next(iter(folders), None)
-    results = find_results([run, *(s.folder for s in folders)])
+    results = find_results([run, *(s.folder for s in folders)], found.failures)
     found.metrics = [read_result(p, "metrics") for p in metrics] or results["metrics"]
     for kind, given in (("faithfulness", faithfulness), ("memorisation", memorisation)):
         setattr(found, kind, read_result(given, kind) if given else next(iter(results[kind]), None))
@@ -123,12 +123,21 @@ def is_samples(folder):
     return (folder / "prompts.csv").is_file() and (folder / "config.json").is_file()
 
 
-def find_samples(run, weights):
-    """The Samples of this run's weights in out/ and beside the run, those of the most images first."""
+def find_samples(run, weights, failures):
+    """The Samples of this run's weights in out/ and beside the run, those of the most images first.
+
+    failures: a list that gets a line for each folder that cannot be read.
+    """
     roots = [Path("out"), *(p.parent / "out" for p in run.absolute().parents if p.name == "runs")]
     places = [p for root in roots if root.is_dir() for p in sorted(root.iterdir())]
     places = {p.resolve(): p for p in reversed([*places, run / "sample", run.parent / "sample"])}
-    found = [s for s in (read_samples(p, weights) for p in places.values() if is_samples(p)) if s.ours]
+    found = []
+    for place in filter(is_samples, places.values()):
+        try:
+            found.append(read_samples(place, weights))
+        except BadInput as error:  # it was not named, only searched
+            failures.append(f"left out: {error}")
+    found = [s for s in found if s.ours]
     return sorted(found, key=lambda s: (-len(s.images), str(s.folder)))
 
 
@@ -144,12 +153,19 @@ def read_result(path, kind):
     return Path(path), value
 
 
-def find_results(folders):
-    """{kind: [(file, object), ...]} of the .json files in these folders that hold the KEYS of a kind."""
+def find_results(folders, failures):
+    """{kind: [(file, object), ...]} of the .json files in these folders that hold the KEYS of a kind.
+
+    failures: a list that gets a line for each file that cannot be read.
+    """
     found = {kind: [] for kind in KEYS}
     for folder in folders:
         for path in sorted(p for p in Path(folder).glob("*.json") if p.name != "config.json"):
-            value = read_json(path)
+            try:
+                value = read_json(path)
+            except BadInput as error:  # it was not named, only searched
+                failures.append(f"left out: {error}")
+                continue
             for kind, keys in KEYS.items():
                 if value.keys() >= set(keys):
                     found[kind].append((path, value))

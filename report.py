@@ -324,7 +324,7 @@ def metrics_table(found, path, values):
              f"{shown(values.get('size'))} px", *(f"{k} {values[k]}" for k in own if values.get(k)),
              f"weights {str(values.get('weights'))[:16]}"]
     facts += ["in brackets 95 % intervals"] if any(key.endswith("_low") for key in values) else []
-    if found.samples and str(values.get("fake")) != str(found.samples.folder):
+    if found.samples and Path(str(values.get("fake"))).resolve() != found.samples.folder.resolve():
         facts.append("these are not the images shown above")
     plain = beside_the_paper(found, values, paper)
     notes = values.get("notes")
@@ -339,6 +339,9 @@ def beside_the_paper(found, values, paper):
     if not paper:
         return ("" if found.kind not in ("adapter of prior", "adapter of decoder") else "The paper's figures "
                 "of Kandinsky 2.2 stand in tables that did not survive in the text that we have.")
+    if values["protocol"] == "imageclef":
+        return ("The figures of the task's teams cannot be compared with these: their real images are the "
+                "organisers' own two sets, which are not public, and their weights Keras'.")
     differs = []
     if values.get("n_real") != 2000:
         differs.append("its real set is the task's 2,000 development images, here it has "

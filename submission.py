@@ -125,6 +125,8 @@ def table3(args):
     args.out = Path(args.out)
     trials.words_of("--sampling", args.sampling, OWN)
     folders = {source: args.out / name_of(source) for source in args.ckpts}
+    if taken := [source for source in folders if name_of(source) in ("", "cache")]:
+        raise BadInput(f"{taken[0]}: expected a path with a name, and another one than cache")
     if len(set(folders.values())) < len(folders):
         raise BadInput(f"{', '.join(args.ckpts)}: expected names that differ in more than their signs")
     for source in folders:
@@ -151,6 +153,8 @@ def write_table(args):
         if missing or "source" not in r:
             raise BadInput(f"{args.out}: a result.json without {(*missing, 'source')[0]}, expected those of "
                            "table3; the folder is to hold nothing else")
+    for name in args.measures:
+        trials.one_space(args.out, [trials.space_name(r[name], args.out) for r in found])
     keys = {"fid": "FID", "fid_fake_half": "FID, equal n", "fid_real_half": "FID of real images, equal n",
             "inception_score": "Inception Score", "precision": "precision", "recall": "recall"}
     shown = {name: [k for k in keys if any(r[name].get(k) is not None for r in found)]
@@ -158,8 +162,8 @@ def write_table(args):
     heads = ["images of", "n", *(f"{keys[k]}, {name}" for name in shown for k in shown[name])]
     rows = [[r["source"], r["n"], *(trials.number(r[name].get(k)) for name in shown for k in shown[name])]
             for r in found]
-    notes = [f"Real images: {args.data}. Prompts: {args.prompts}, one image each; sampling: "
-             f"{args.sampling or 'the defaults of sampler.py'}."]
+    notes = [f"Real images: {args.data}. Checkpoints were sampled here: prompts {args.prompts}, one image "
+             f"each, {args.sampling or 'the defaults of sampler.py'}; folders as their config.json says."]
     sizes = sorted({r[name]["n_half"] for r in found for name in args.measures if "n_half" in r[name]})
     if sizes:
         notes.append(f"Equal n: {', '.join(map(str, sizes))} images of either side, since the distance "

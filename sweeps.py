@@ -24,7 +24,7 @@ CELLS = {f"rank-{r}": ["--rank", r] for r in RANKS} | {
 STAGE_1 = {"rank": 32, "epochs": 40}
 # What a cell gives itself, so that the further flags of each cannot.
 OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--cache", "--out", "--shown", "--rank",
-                    "--alpha", "--dora", "--rslora", "--steps", "--epochs"),
+                    "--alpha", "--dora", "--rslora", "--steps", "--epochs", "--minutes"),
        "sampling": ("--ckpt", "--decoder", "--prior-lora", "--decoder-lora", "--prompt", "--prompts",
                     "--out")}
 METRICS = ("fid", "precision", "recall")
@@ -118,7 +118,8 @@ def best_prior(folder):
                        "in its folder")
     key = "fid" if all(row["fid"] is not None for row in rows) else "val_loss"
     best = min(rows, key=lambda row: row[key])
-    print(f"the best prior of {file} by {key} is {best['cell']}", file=sys.stderr)
+    print(f"the best prior of {file} by {key} is {best['cell']}, of {len(rows)} of {len(CELLS)} cells",
+          file=sys.stderr)
     return str(Path(folder) / best["cell"] / "run/best")
 
 
@@ -126,7 +127,7 @@ def write_table(args, name):
     """NAME.md and NAME.json of the cells in the folder, those of other starts too."""
     results = trials.results({cell: args.out / cell for cell in CELLS}, FIGURES, METRICS)
     found = [r | {"cell": cell} for cell, r in results.items()]  # the place says which it is
-    spaces = sorted({r["space"] for r in found if "space" in r})
+    space = trials.one_space(args.out, [r["space"] for r in found if "space" in r])
     heads = ["adapter", "rank", "alpha", "trainable parameters", "validation loss", "FID", "precision",
              "recall"]
     rows = [[r["cell"], r["rank"], f"{r['alpha']:g}", f"{r['parameters']:,}", trials.number(r["val_loss"]),
@@ -135,17 +136,17 @@ def write_table(args, name):
     stage = (f"decoder's adapter {args.decoder_lora}" if args.network == "prior"
              else f"prior's adapter {args.prior_lora}")
     sampling = args.sampling or "the defaults of sampler.py"
-    metrics = (f"FID (lower is better), precision, recall against {args.data}, space: {', '.join(spaces)}; "
+    metrics = (f"FID (lower is better), precision, recall against {args.data}, space: {space}; "
                f"images: {args.prompts}, {sampling}, sampled with the {stage}.")
     notes = [
         f"{len(found)} of {len(CELLS)} cells, one seed each, so neighbours may differ by chance; {length} "
         f"a cell{', ' + args.training if args.training else ''}.",
         "Validation loss (lower is better): the lowest on the held-out tenth of the data.",
-        metrics if spaces else f"{trials.NO_SPACE}.",
+        metrics if space else f"{trials.NO_SPACE}.",
     ]
     text = f"# {name}: ranks of the {args.network}\n\n{trials.markdown(heads, rows)}\n"
     trials.write_table(args.out, name, text + "".join(f"- {note}\n" for note in notes),
-                       {"network": args.network, "space": spaces, "notes": notes, "results": found})
+                       {"network": args.network, "space": space, "notes": notes, "results": found})
 
 
 def add_flags(parser, network):

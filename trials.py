@@ -139,7 +139,7 @@ def result(folder, figures, optional=()):
         if not _is_finite(value) and not (key in optional and value is None):
             raise BadInput(f"{file}: expected {key}, a finite number, got {value!r:.60}; remove the file, "
                            "and the same command makes it again")
-    return found
+    return dict.fromkeys(optional) | found
 
 
 def results(folders, figures, optional=()):
@@ -148,7 +148,7 @@ def results(folders, figures, optional=()):
 
 
 def _is_finite(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN
 
 
 def validation(run_folder, *others):
@@ -204,10 +204,24 @@ def check_space(args):
 
 def space_of(file):
     """The name of the space of a result of metrics.py --json."""
-    found = read_json(file)
-    if not isinstance(found.get("space"), str) or "weights" not in found:
+    return space_name(read_json(file), file)
+
+
+def space_name(found, file):
+    """That of the object found in a file: its words, and the hash of the weights that measured."""
+    if not isinstance(found.get("space"), str) or not isinstance(found.get("weights"), str):
         raise BadInput(f"{file}: expected a result of metrics.py --json, with its space")
-    return found["space"] + ", of random weights: comparable with nothing else" * (found["weights"] == "rule")
+    if found["weights"] == "rule":
+        return found["space"] + ", of random weights: comparable with nothing else"
+    return f"{found['space']}, weights {found['weights']:.8}"
+
+
+def one_space(out, names):
+    """The one space of a table's figures, by their names (space_of); "" without any. BadInput for several."""
+    if len(names := sorted(set(names))) > 1:
+        raise BadInput(f"{out}: figures in several spaces, which do not compare: {'; '.join(names)}; give "
+                       "another --out, or remove result.json and the metrics beside it of some cells")
+    return "".join(names)
 
 
 NO_SPACE = ("No FID, precision and recall: the Inception weights are not in torch's cache; give them by "

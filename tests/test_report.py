@@ -194,6 +194,26 @@ def test_a_distance_of_another_space_does_not_stand_beside_the_papers(folder):
         assert said in found, said
 
 
+def test_the_tasks_figures_are_said_to_be_of_other_images(folder):
+    write(folder / "runs/a/m.json", METRICS | {"protocol": "imageclef", "n_real": 2000,
+                                               "weights_published": True})
+    found = Page(page()).text
+    assert "the organisers' own two sets" in found and "2,000 development images" not in found
+
+
+def test_a_file_that_was_only_searched_does_not_end_the_page(folder):
+    out = make_results()
+    (folder / "runs/a/notes.json").write_text("[1]")
+    (out.parent / "b").mkdir()
+    (out.parent / "b/prompts.csv").write_text('"')
+    (out.parent / "b/config.json").write_text("{}")
+    found = Page(page()).text
+    for said in ("left out: runs/a/notes.json", "left out: out/b/prompts.csv", "COPIES: 1 of 123"):
+        assert said in found, said
+    write(folder / "m.json", METRICS | {"fake": str(out.resolve())})  # the same folder, as a whole path
+    assert "not the images shown" not in Page(page("--metrics", str(folder / "m.json"))).text
+
+
 def test_texts_of_files_are_escaped(folder):
     make_results()
     write(folder / "runs/a/faith.json", FAITHFULNESS | {"not_judged": [HOSTILE]})

@@ -49,6 +49,12 @@ def rows_of(file):
     return {first: rest for first, *rest in (line.strip("| ").split(" | ") for line in table.splitlines())}
 
 
+def arguments(out, steps=9):
+    """Of an ablation, as far as its table reads them."""
+    return Namespace(out=out, preset="tiny", steps=steps, training="", images=10, sampling="", data="own",
+                     real="others", judge="own")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Phantoms and a tiny Kandinsky 2.2."""
@@ -124,12 +130,12 @@ def test_the_validation_of_a_run_is_that_of_its_best_checkpoint_after_step_0(tmp
 
 
 def test_an_experiment_whose_first_command_refuses_leaves_no_folder(tmp_path):
-    for made, left in ((None, []), ("cell", ["cell", "settings.json"])):
+    for made, left in ((None, []), ("cell", ["a", "cell", "settings.json"])):
         with pytest.raises(BadInput, match="refused"), trials.claimed(tmp_path / "a", {"training": "--oops"}):
             if made:
                 (tmp_path / "a" / made).mkdir()
             raise BadInput("refused")
-        assert sorted(p.name for p in tmp_path.rglob("*") if p.name != "a") == left
+        assert sorted(p.name for p in tmp_path.rglob("*")) == left
     with pytest.raises(BadInput, match="holds results"), trials.claimed(tmp_path / "a", {"training": ""}):
         raise AssertionError
 
@@ -138,13 +144,15 @@ def test_an_experiment_whose_first_command_refuses_leaves_no_folder(tmp_path):
     ({"loss": float("nan")}, "expected loss, a finite number, got nan; remove the file"),
     ({"loss": "0.5"}, "expected loss, a finite number, got '0.5'"), ({"fid": True}, "expected fid"),
     ({"n_judged": None}, "expected n_judged, a finite number, got None"), ({"fid": None}, None),
+    ({"loss": 10**400}, "expected loss, a finite number, got 1000"),
     ({"arm": "all-three", "seed": 7}, None)])
 def test_a_result_that_is_none_is_one_line_and_its_place_says_whose_it_is(tmp_path, change, said):
     planted(tmp_path, "baseline", 0, 0.5, 50)
     file = tmp_path / "seed-0/baseline/result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (old | change).items() if k != "recall"}))  # absent: none
     shutil.copytree(tmp_path / "seed-0", tmp_path / "seed-0 copy")  # a backup is no seed
-    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
+    args = arguments(tmp_path)
     if said:
         with pytest.raises(BadInput, match=said):
             ablation.write_tables(args)
@@ -157,9 +165,12 @@ def test_figures_in_two_spaces_make_no_table(tmp_path):
     for seed, space in enumerate(("inception", "classifier")):
         planted(tmp_path, "baseline", seed, 0.5, 50)
         write_json(tmp_path / f"seed-{seed}/baseline/metrics.json", {"space": space, "weights": "f00d"})
-    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
-    with pytest.raises(BadInput, match="in several spaces, which do not compare: classifier; inception"):
-        ablation.write_tables(args)
+    with pytest.raises(BadInput, match="in several spaces, which do not compare: classifier, weights f00d; "
+                       "inception, weights f00d"):
+        ablation.write_tables(arguments(tmp_path))
+    write_json(tmp_path / "seed-0/baseline/metrics.json", {"space": "classifier", "weights": "beef"})
+    with pytest.raises(BadInput, match="classifier, weights beef; classifier, weights f00d"):  # replaced
+        ablation.write_tables(arguments(tmp_path))
 
 
 def test_further_flags_are_none_that_the_experiment_gives_itself():
@@ -181,6 +192,7 @@ def test_what_an_ablation_cannot_use_is_said_before_anything_is_made(made, tmp_p
     for more, words in (
             (["--training=--dropout 0.5"], "the experiment gives --dropout itself"),
             (["--training=--no-self 1"], "the experiment gives --no-self-conditioning itself"),
+            (["--training=--minutes 5"], "the experiment gives --minutes itself"),
             (["--vae", judge], "judge.safetensors"),
             (["--classifier", other], "else.csv: expected an attribute classifier"),
             (["--paraphrases", other], "have no paraphrase"),
@@ -238,7 +250,7 @@ def test_the_ablations_table_is_paired_by_seed(tmp_path):
         planted(tmp_path, "baseline", seed, loss, 50)
         planted(tmp_path, "dropout-0.1", seed, loss - 0.02 - 0.001 * seed, 80)
     planted(tmp_path, "all-three", 0, 0.4, 70)
-    args = Namespace(out=tmp_path, preset="tiny", steps=9, training="", images=10, sampling="")
+    args = arguments(tmp_path)
     ablation.write_tables(args)
     table = json.loads((tmp_path / "ablation.json").read_text())
     assert table["means"]["baseline"]["loss"][0] == pytest.approx(0.7)
@@ -250,8 +262,13 @@ def test_the_ablations_table_is_paired_by_seed(tmp_path):
     low, high = table["means"]["dropout-0.1"]["wilson"]  # of 160 of 200
     assert (low, high) == pytest.approx((0.7391, 0.8496), abs=1e-3)
     text = (tmp_path / "ablation.md").read_text()
-    assert "Trainings: 5, of 2 seeds; 9 steps instead of the recipe's" in text and "space: planted" in text
+    assert "Trainings: 5, of 2 seeds, on own; 9 steps instead of the recipe's" in text
+    assert "space: planted, weights f00d." in text
     assert "| baseline | 2 | 0.7000 ± 2.5412 |" in text and "| all-three | 1 | 0.4000 |" in text
+    assert "against others" in text and "a model that copies them" in text
+    assert "and of 12 such intervals 0.6 miss 0 by chance" in text
+    rows = rows_of(tmp_path / "ablation.md")  # over seeds where there are several, else over its images
+    assert rows["dropout-0.1"][3] == "0.8000 ± 0.0000" and rows["all-three"][3].startswith("0.7000 (0.6")
 
 
 def test_an_arm_of_which_nothing_could_be_judged_has_no_faithfulness(tmp_path):
@@ -259,7 +276,7 @@ def test_an_arm_of_which_nothing_could_be_judged_has_no_faithfulness(tmp_path):
     planted(tmp_path, "all-three", 0, 0.4, 70)
     file = tmp_path / "seed-0/all-three/result.json"
     write_json(file, json.loads(file.read_text()) | {"n_judged": 0, "n_shown": 0, "faithfulness": None})
-    args = Namespace(out=tmp_path, preset="tiny", steps=None, training="", images=10, sampling="")
+    args = arguments(tmp_path, steps=None)
     ablation.write_tables(args)
     assert rows_of(tmp_path / "ablation.md")["all-three"][1:4] == ["0.4000", "0.5000", "-"]
 
@@ -337,10 +354,11 @@ def test_tables_1_and_2_go_on_where_they_were_and_hold_what_their_runs_hold(made
     assert rows_of(tmp_path / "two/table2.md")["alpha-half"][:2] == ["32", "16"]
 
 
-def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path):
+def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path, capsys):
     rows = [{"cell": "rank-4", "val_loss": 1.0, "fid": 9.0}, {"cell": "rank-8", "val_loss": 2.0, "fid": 3.0}]
     write_json(tmp_path / "table1.json", {"results": rows})
     assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-8/run/best")
+    assert "rank-8, of 2 of 14 cells" in capsys.readouterr().err
     rows[0]["fid"] = None
     write_json(tmp_path / "table1.json", {"results": rows})
     assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-4/run/best")
@@ -400,6 +418,15 @@ def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, 
     shown = [float(own[i].split()[0]) for i in (2, 3)]  # of as many images as there are real ones beside
     assert shown == pytest.approx([found["fid_fake_half"], found["fid_real_half"]], rel=0.05, abs=1e-9)
     assert f"- Equal n: {found['n_half']} images of either side" in (tmp_path / "t/table3.md").read_text()
+    file = tmp_path / "t" / submission.name_of(tmp_path / "s") / "result.json"
+    result = json.loads(file.read_text())
+    write_json(file, result | {"imageclef": result["imageclef"] | {"weights": "f00d"}})
+    with pytest.raises(BadInput, match="in several spaces"):
+        main("table3", checkpoint, "--data", made / "data", "--prompts", tmp_path / "p.txt",
+             "--out", tmp_path / "t", "--sampling=--steps 1", "--weights", "rule")
+    write_json(file, result)
+    with pytest.raises(BadInput, match="expected a path with a name, and another one than cache"):
+        main("table3", "/", "--data", made / "data", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "t")
     tensors, meta = load_safetensors(checkpoint)
     save_safetensors(checkpoint, tensors, meta | {"step": 7})  # trained on, under the same name
     with pytest.raises(BadInput, match=f"holds the figures of {checkpoint} with hash .*; remove that folder"):
