@@ -55,12 +55,16 @@ MIN_EXAMPLES = 5                # training images below which a classifier has n
 
 
 def merge(parsed: list[dict]) -> dict:
-    """The attributes of several prompts of one image together; lists are united."""
-    out = {}
+    """The attributes of several prompts of one image together; lists are united, contradictions dropped."""
+    out, contradicted = {}, set()
     for attributes in parsed:
         for key, value in attributes.items():
-            out[key] = list(dict.fromkeys([*out.get(key, []), *value])) if isinstance(value, list) else value
-    return out
+            if isinstance(value, list):
+                value = list(dict.fromkeys([*out.get(key, []), *value]))
+            elif out.setdefault(key, value) != value:
+                contradicted.add(key)
+            out[key] = value
+    return {key: value for key, value in out.items() if key not in contradicted}
 
 
 def from_line(line: dict) -> dict:
@@ -88,11 +92,13 @@ def truth_row(attributes: dict) -> list[int]:
         a = {"n_polyps": 0, "abnormality_cells": [], "colors": []} | a
     if a.get("n_polyps") == 0:
         a = {"sizes": [], "paris": []} | a
-    n_polyps = a.get("n_polyps")
-    polyp = a["n_polyps"] > 0 if "n_polyps" in a else None
-    if "polyp" in a.get("contains", ()) or a.get("sizes") or a.get("paris"):
-        polyp = True
-    some = a["n_instruments"] > 0 if "n_instruments" in a else True if a.get("instrument_cells") else None
+    contains = a.get("contains", ())
+    n_polyps, polyp = a.get("n_polyps"), a["n_polyps"] > 0 if "n_polyps" in a else None
+    if "polyp" in contains or a.get("sizes") or a.get("paris"):
+        polyp, n_polyps = (None, None) if n_polyps == 0 else (True, n_polyps)  # 0 would contradict them
+    some = a["n_instruments"] > 0 if "n_instruments" in a else None
+    if a.get("instrument_cells") or any(prompts.KIND[name] == "instrument" for name in contains):
+        some = None if some is False else True
     row = [UNKNOWN] * len(VALUES)
 
     def categorical(attribute, index):

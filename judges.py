@@ -20,12 +20,14 @@ from command import BadInput, at_least_one, best_device, check_range, run_comman
 import argparse
 import csv
 import random
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import data
+import duplicates
 import metrics
 import mirrored
 import prompts
@@ -53,7 +55,7 @@ from tables import interval, print_table, wilson, write_table
 
 JUDGEMENT = {           # keys by which a --json file of each command is known
     "faithfulness": ("n_fake_unjudged", "values", "summary", "not_judged"),
-    "usefulness": ("n_prompts", "n_held_out", "attributes"),
+    "usefulness": ("n_held_out", "attributes"),
     "memorisation": ("near_ratio", "verdict", "flagged", "rows", "pairs"),
 }
 SUMMARY = {             # rows of the short table: which values each pools
@@ -84,6 +86,8 @@ def requested(attributes: dict) -> list[tuple]:
         out.append(("polyp", "a polyp"))
     if "n_instruments" in a:
         out.append(("instruments", "some" if a["n_instruments"] else "none"))
+    elif any(prompts.KIND[name] == "instrument" for name in a.get("contains", ())):
+        out.append(("instruments", "some"))
     out += [(key, "with" if a[key] else "without") for key in ("box", "text") if key in a]
     out += [("procedure", a["procedure"])] if "procedure" in a else []
     return [pair for pair in out if pair in COLUMN]
@@ -104,12 +108,18 @@ def report(predicted, targets, truth_real, predicted_held_out, truth_held_out, t
     predicted, targets (n, values) bool: the classifier's output on generated images, the values that their
     prompts name. truth_real, truth_held_out (n, values) int8: 1, 0 or UNKNOWN; trained_on: that of the
     classifier's own images, if these are more than truth_real's.
+
+    chance: the share if the same images were dealt at random to the prompts that ask for any value of the
+    attribute. base rate: the share of real images that show it.
     """
     known = truth_held_out != UNKNOWN
     accuracy = share(predicted_held_out == (truth_held_out == 1), known)
     sensitivity = share(predicted_held_out, truth_held_out == 1)
     only_real = share(same_set(predicted_held_out, truth_held_out == 1), truth_held_out == 1)
-    chance = share(truth_real == 1, truth_real != UNKNOWN)
+    base_rate = share(truth_real == 1, truth_real != UNKNOWN)
+    chance = torch.empty(len(VALUES))
+    for span in SLICE.values():
+        chance[span] = predicted[targets[:, span].any(1), span].float().mean(0)
     n, hits = targets.sum(0), (predicted & targets).sum(0)
     only = (same_set(predicted, targets) & targets).sum(0)
     why = cannot_judge(truth_real if trained_on is None else trained_on)
@@ -118,15 +128,17 @@ def report(predicted, targets, truth_real, predicted_held_out, truth_held_out, t
         weight = n[columns] / n[columns].sum()                          # the prompts' mix of values
         n_all, n_hits = int(n[columns].sum()), int(hits[columns].sum())
         tested = ~sensitivity[columns].isnan()                          # values that a held-out image shows
-        low, high = wilson(n_hits, n_all)
+        n_images = int(targets[:, columns].any(1).sum())                # a prompt may name several values
+        low, high = wilson(round(n_hits / n_all * n_images), n_images)
 
         def perfect(shares):
             return float((shares[columns] * weight)[tested].sum() / weight[tested].sum())
 
-        return {"asked for": name, "n": n_all, "share": n_hits / n_all, "low": low, "high": high,
+        return {"asked for": name, "n": n_images, "share": n_hits / n_all, "low": low, "high": high,
                 "sensitivity": perfect(sensitivity), "only": int(only[columns].sum()) / n_all,
                 "only_real": perfect(only_real), "accuracy": float(judged),
-                "chance": float((chance[columns] * weight).sum())}
+                "chance": float((chance[columns] * weight).sum()),
+                "base_rate": float((base_rate[columns] * weight).sum())}
 
     judged = [i for i in range(len(VALUES)) if n[i] and i not in why]
     rows = [{"attribute": VALUES[i][0]} | row(VALUES[i][1], [i], accuracy[i]) for i in judged]
@@ -200,8 +212,24 @@ def real_images(folder, held_out, size, mirror=None):
     train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
     if not rest:
         raise BadInput(f"{folder}: 1 image, expected at least 2, one of them to hold out, or --held-out")
+    if held_out:
+        expect_others(rest, held_out, train, folder)
     train, _ = mirrored.with_copies(train, mirror, size, wording.Wording())
     return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
+
+
+def expect_others(records, folder, known, source):
+    """BadInput if most image files of a folder are, byte for byte, those that a classifier learns from.
+
+    It would score them as perfect. Some are said in a line: a set may hold a file twice.
+    """
+    seen = {sha for sha, *_ in duplicates.seen(known)}
+    if (n := sum(sha in seen for sha, *_ in duplicates.seen(records))) > len(records) / 2:
+        raise BadInput(f"{folder}: {n} of {len(records)} images are those of {source} that the classifier is "
+                       "trained on; expected other ones")
+    if n:
+        print(f"{folder}: {n} of {len(records)} images are among those of {source} that the classifier is "
+              "trained on", file=sys.stderr)
 
 
 def labelled(records, folder, size, total=None):
@@ -225,6 +253,7 @@ def faithfulness(args):
                        f"the first is {fake[0].prompts[0]!r}")
     real = real_images(args.real, args.held_out, args.size, args.mirror)
     (train, images, labels), (held_out, held_out_images, held_out_labels) = real
+    expect_others(fake, args.fake, train, args.real)
     net = classifier_of(args.real, train, images, labels, args)
     own = torch.tensor([not r.mirror for r in train])
     rows, summary, confused, not_judged = report(predict(net, fake_images), targets, labels[own],
@@ -254,7 +283,7 @@ def faithfulness(args):
 def print_faithfulness(rows, summary, confused, degraded):
     columns = {"asked for": "asked for", "n": "n", "share": "share", "95 % interval": interval,
                "sensitivity": "sensitivity", "only": "only", "only, real": "only_real",
-               "accuracy": "accuracy", "chance": "chance"}
+               "accuracy": "accuracy", "chance": "chance", "base rate": "base_rate"}
     print_table(rows, {"attribute": "attribute"} | columns)
     print()
     print_table(summary, columns)
@@ -263,7 +292,8 @@ def print_faithfulness(rows, summary, confused, degraded):
           "only: those in which it finds what the prompt asks for and no other value of the attribute:\n"
           "polyps in all cells would have a share of 1. only, real: the same of held-out real images.\n"
           "accuracy: of all held-out real images, those that the classifier judges correctly.\n"
-          "chance: of the real images, those that show it: what images unrelated to prompts would score.\n")
+          "chance: the share if these images were dealt to these prompts at random. base rate: of the real\n"
+          "images, those that show it. One image for all prompts may exceed both.\n")
     print_table(confused, {"attribute": "attribute", "asked for": "asked for", "n": "n", "found": lambda row:
                            ", ".join(f"{value} {k}" for value, k in row["found"].items())})
     print("\nfound: what the classifier finds where this is asked for, and in how many of the n images.\n")
@@ -305,15 +335,16 @@ def is_prompts(path):
 
 
 def usefulness(args):
-    """Compare a classifier of generated images with one of as many real images, with as few prompts each."""
+    """Compare a classifier of generated images with one of as many real images, with as few facts each."""
     real = real_images(args.real, args.held_out, args.size)
     (train, images, labels), (held_out, test_images, test_labels) = real
     fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
+    expect_others(fake, args.fake, train, args.real)
     on_all = classifier_of(args.real, train, images, labels, args)
     rng = random.Random(args.seed)
-    n, n_prompts = min(len(train), len(fake)), round(sum(len(r.prompts) for r in fake) / len(fake))
+    n, n_facts = min(len(train), len(fake)), round(sum(len(facts_of(r)) for r in fake) / len(fake))
     a, b = rng.sample(range(len(train)), n), rng.sample(range(len(fake)), n)
-    few_labels = labels_from_prompts([train[i] for i in a], n_prompts, rng)
+    few_labels = labels_from_facts([train[i] for i in a], n_facts, rng)
     on_real = train_classifier(images[a], few_labels, args.steps, args.seed, device=args.device)
     on_fake = train_classifier(fake_images[b], fake_labels[b], args.steps, args.seed, device=args.device)
     why, asked = cannot_judge(labels), (fake_labels == 1).any(0)
@@ -329,30 +360,36 @@ def usefulness(args):
     n_repeats = repeats(fake_images)
     print(f"{args.real}: {len(train)} real images, {len(held_out)} held out; "
           f"{args.fake}: {len(fake)} generated images, {n_repeats} near-duplicates of another, "
-          f"{n_prompts} prompt{'s' * (n_prompts > 1)} each; "
+          f"{n_facts} fact{'s' * (n_facts != 1)} each; "
           f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
     print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})
     print("\nBalanced accuracy, mean over the attribute's values: the share judged correctly of the images\n"
           "with a value and of those without, averaged; 0.5 is chance.\n"
           f"real-train, GAN-train: trained on {n} real and on {n} generated images, each with labels from\n"
-          "as many prompts, and tested on held-out real ones. real-test, GAN-test: trained on all real\n"
-          "images with all their labels, tested on held-out real and on generated ones.\n"
+          "as many facts of their prompts, and tested on held-out real ones. real-test, GAN-test: trained\n"
+          "on all real images with all their labels, tested on held-out real and on generated ones.\n"
           "Copies of training images would do well: see judges.py memorisation. One good image a prompt,\n"
           "repeated, would do well in GAN-test.")
     for line in not_judged:
         print(f"not judged: {line}")
     if args.json:
         write_table(args.json, {
-            "real": str(args.real), "fake": str(args.fake), "n_train": n, "n_prompts": n_prompts,
+            "real": str(args.real), "fake": str(args.fake), "n_train": n, "n_facts": n_facts,
             "n_real": len(train), "n_held_out": len(held_out), "n_fake": len(fake),
             "n_fake_repeats": n_repeats, "size": args.size, "steps": args.steps, "seed": args.seed,
             "attributes": rows, "not_judged": not_judged})
 
 
-def labels_from_prompts(records, n_prompts, rng):
-    """Labels of real images from n_prompts of their prompts, as incomplete as those of generated ones."""
-    some = [rng.sample(r.prompts, min(n_prompts, len(r.prompts))) for r in records]
-    return torch.tensor([truth_row(merge([prompts.parse(p) for p in few])) for few in some], dtype=torch.int8)
+def facts_of(record):
+    """[{attribute: value}, ...] of the prompts of an image; one prompt may say several."""
+    return [{key: value} for key, value in merge([prompts.parse(p) for p in record.prompts]).items()]
+
+
+def labels_from_facts(records, n_facts, rng):
+    """Labels of real images from n_facts of what their prompts say, as few as generated ones have."""
+    own = [facts_of(r) for r in records]
+    some = [rng.sample(facts, min(n_facts, len(facts))) for facts in own]
+    return torch.tensor([truth_row(merge(few)) for few in some], dtype=torch.int8)
 
 
 def balanced_rows(fit, tests):

@@ -139,10 +139,11 @@ class Counter(torch.nn.Module):
 @pytest.mark.parametrize("most", [8, 3])
 def test_eight_polyps_under_a_prompt_for_three_are_not_credited(tmp_path, capsys, monkeypatch, most):
     rng = np.random.default_rng(0)
-    real = write_counts(tmp_path / "real", rng, np.arange(10 * (most + 1)) % (most + 1))
+    real, held_out = (write_counts(tmp_path / name, rng, np.arange(10 * (most + 1)) % (most + 1))
+                      for name in ("real", "held-out"))
     fake = write_counts(tmp_path / "fake", rng, [8] * 10 + [3] * 10, asked=3)
     monkeypatch.setattr(judges, "classifier_of", lambda *_: Counter(most))
-    run("faithfulness", real=real, held_out=real, fake=fake, json=tmp_path / "table.json")
+    run("faithfulness", real=real, held_out=held_out, fake=fake, json=tmp_path / "table.json")
     table = json.loads((tmp_path / "table.json").read_text())
     if most == 3:                                           # its "3" would be right in all of them
         assert table["not_judged"] == ["count 3: the judge has not seen 4"] and not table["values"]
@@ -181,13 +182,17 @@ def test_a_judge_learns_a_place_from_mirrored_images(tmp_path):
     assert not rows and reasons == ["place upper-right: fewer than 5 real images show it"]
     table, [row], reasons = judged(classifier=tmp_path / "b.safetensors", mirror="horizontal")
     assert not reasons and (table["n_train"], table["n_mirrored"], table["mirror"]) == (80, 80, "horizontal")
-    assert row["n"] == 12 and row["share"] == pytest.approx(8 / 12) and row["chance"] == 0
+    assert row["n"] == 12 and (row["share"], row["chance"]) == pytest.approx((8 / 12, 8 / 12))
+    assert row["base_rate"] == 0
 
 
 def test_a_classifier_s_file_says_what_it_has_seen(tmp_path):
     rng, file = np.random.default_rng(0), tmp_path / "c.safetensors"
-    real = write_counts(tmp_path / "real", rng, np.arange(24) % 4)
-    run("faithfulness", real=real, held_out=real, fake=real, classifier=file, steps=1)
+    real, other = (write_counts(tmp_path / name, rng, np.arange(24) % 4) for name in ("real", "other"))
+    for flags in ({"held_out": real, "fake": other}, {"held_out": other, "fake": real}):
+        with pytest.raises(BadInput, match="real: 24 of 24 images are those of .*real that the classifier"):
+            run("faithfulness", real=real, **flags, classifier=file, steps=1)
+    run("faithfulness", real=real, held_out=other, fake=other, classifier=file, steps=1)
     seen = load_safetensors(file)[1]["seen"]["count"]
     assert [seen[v] for v in ("0", "3", "4", "more")] == [6, 6, 0, 0]
 
@@ -286,6 +291,17 @@ def test_a_drawing_tells_everything():
                      ("colour", "red"), ("paris", "ip"), ("procedure", "gastroscopy")}
 
 
+@pytest.mark.parametrize("said, attribute", [
+    ([{"n_polyps": 1}, {"n_polyps": 3}], "count"), ([{"n_polyps": 0}, {"contains": ["polyp"]}], "polyp"),
+    ([{"n_polyps": 0}, {"sizes": ["> 20mm"]}], "count"), ([{"box": True}, {"box": False}], "box"),
+    ([{"n_instruments": 0}, {"contains": ["tube"]}], "instruments")])
+def test_what_prompts_contradict_is_unknown(said, attribute):
+    for order in (said, said[::-1]):
+        assert set(known(classifier.truth_row(classifier.merge(order)), attribute).values()) == {UNKNOWN}
+    row = classifier.truth_row({"contains": ["tube", "polyp"]})
+    assert known(row, "instruments")["some"] == 1 and known(row, "polyp")["a polyp"] == 1
+
+
 def test_unknown_labels_do_not_count_in_the_loss():
     logits = torch.randn(4, len(VALUES), requires_grad=True)
     labels = torch.full((4, len(VALUES)), UNKNOWN, dtype=torch.int8)
@@ -304,6 +320,8 @@ def test_unknown_labels_do_not_count_in_the_loss():
     ({"abnormality_cells": ["center", "lower-left"]}, [("place", "center"), ("place", "lower-left")]),
     ({"box": False, "text": True}, [("box", "without"), ("text", "with")]),
     ({"landmark_cells": ["center"]}, []),
+    ({"contains": ["biopsy forceps"]}, [("instruments", "some")]),
+    ({"n_instruments": 0, "contains": ["tube"]}, [("instruments", "none")]),
 ])
 def test_requested(attributes, pairs):
     assert judges.requested(attributes) == pairs
@@ -329,6 +347,35 @@ def test_report_on_perfect_and_on_blind_images():
     labels[4:, box] = UNKNOWN
     assert judges.report(wanted, wanted, labels, wanted, labels)[3] == [
         "box without: fewer than 5 real images show it", "box with: fewer than 5 real images show it"]
+
+
+def test_chance_is_what_the_same_images_have_under_other_prompts():
+    """Of 30 images, 10 a number, all show 2: right in a third, as they would be however they were dealt."""
+    numbers, n = SLICE["count"], 30
+    wanted = torch.zeros(n, len(VALUES), dtype=torch.bool)
+    wanted[torch.arange(n), numbers.start + 1 + torch.arange(n) % 3] = True
+    labels = torch.zeros(200, len(VALUES), dtype=torch.int8)
+    labels[torch.arange(200), numbers.start + torch.arange(200) % 10] = 1
+    for always, share, chance in ((2, 1 / 3, 1 / 3), (None, 1.0, 1 / 3), (7, 0.0, 0.0)):
+        shown = wanted.clone()
+        if always:
+            shown[:] = False
+            shown[:, numbers.start + always] = True
+        [row] = judges.report(shown, wanted, labels, labels == 1, labels)[1]
+        found = row["share"], row["chance"], row["base_rate"]
+        assert found == pytest.approx((share, chance, 0.1))
+
+
+def test_an_image_counts_once_however_many_values_its_prompt_names():
+    cells = SLICE["place"]
+    wanted, shown = torch.zeros(2, 10, len(VALUES), dtype=torch.bool)
+    wanted[:, cells.start:cells.start + 3] = True
+    shown[:5] = wanted[:5]
+    labels = torch.zeros(20, len(VALUES), dtype=torch.int8)
+    labels[::2, cells] = 1
+    [row] = judges.report(shown, wanted, labels, labels == 1, labels)[1]
+    assert row["n"] == 10 and row["share"] == 0.5
+    assert (row["low"], row["high"]) == pytest.approx(judges.wilson(5, 10))
 
 
 def test_what_cannot_be_tested_is_null_in_the_file(tmp_path):

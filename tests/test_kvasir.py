@@ -49,6 +49,8 @@ def test_box_is_seen_black_or_green_and_only_there():
     assert not kvasir.has_box(scene((0, 0, 0)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     assert not kvasir.has_box(Image.new("RGB", (64, 64))) and not kvasir.has_box(Image.new("RGB", (64, 64),
                                                                                            (190, 110, 90)))
+    for dye in ((60, 90, 130), (70, 110, 150), (80, 120, 110)):
+        assert not kvasir.has_box(Image.new("RGB", (64, 64), dye)), dye
 
 
 def kvasir_folder(folder):
@@ -132,7 +134,14 @@ def test_an_inverted_mask_and_two_masks_of_one_image_are_refused(tmp_path):
     src, out = kvasir_folder(tmp_path / "src"), tmp_path / "out"
     command, mask = ["seg", "--src", str(src), "--out", str(out)], src / "masks" / "none.jpg"
     Image.new("L", (360, 300), 255).save(mask)
-    with pytest.raises(BadInput, match="none.jpg: white in 100% of its pixels; .* is it inverted"):
+    with pytest.raises(BadInput, match="none.jpg: white in 100% of its pixels .* is it inverted"):
+        kvasir.main(command)
+    polyp = np.zeros((300, 360), bool)
+    disc(polyp, 180, 150, 90)                               # a quarter of the image
+    Image.fromarray(np.uint8(polyp) * 255).save(mask)
+    kvasir.main(command)
+    Image.fromarray(np.uint8(~polyp) * 255).save(mask)
+    with pytest.raises(BadInput, match="white in 76% of its pixels and 4 of 4 corners; .* inverted"):
         kvasir.main(command)
     Image.new("L", (360, 300)).save(mask.with_suffix(".png"))
     with pytest.raises(BadInput, match="none.* and none.* are masks of one image; keep one"):
@@ -338,9 +347,24 @@ def test_classes_become_prompts(tmp_path, capsys):
     said = capsys.readouterr().out
     for line in ("1 images of a class that is not known: nonsense", "CC BY 4.0; cite Borgli",
                  "1 images whose folder and row name different classes: polyps, cecum",
-                 "1 images without a row, whose folder was believed: of-z-line.jpg",
+                 "1 images without a row of a known class, whose folder was believed: of-z-line.jpg, no row",
                  "1 rows without their image: lost"):
         assert line in said, line
+
+
+def test_a_row_may_spell_its_class_in_another_way(tmp_path, capsys):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    table = src / "image-labels.csv"
+    rows = table.read_text().replace("GI,ulcerative-colitis-grade-1-2", "GI,Ulcerative colitis grade_1-2")
+    table.write_text(rows.replace("GI,z-line", "GI,Z line of some clinic"))
+    kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
+    assert len(data.read_folder(out)) == 7
+    assert "believed: of-z-line.jpg, z-line-of-some-clinic" in capsys.readouterr().out
+    for path in list(src.glob("*/*/*")):
+        path.rename(path.with_name(f"a-{path.name}"))
+    with pytest.raises(BadInput, match="known classes, as polyps or cecum; 8 images of a class that is not "
+                       "known, the first is 'a-"):
+        kvasir.main(["hyper", "--src", str(src), "--out", str(tmp_path / "none")])
 
 
 def test_every_class_is_written_in_the_grammar():
