@@ -49,8 +49,9 @@ from classifier import (
     truth,
     truth_row,
 )
+from copies import repeats
 from files import check_replaced, is_json_with, write_csv
-from memorisation import default_sheet, is_sheet, memorisation, repeats
+from memorisation import default_sheet, is_sheet, memorisation
 from tables import interval, print_table, wilson, write_table
 
 JUDGEMENT = {           # keys by which a --json file of each command is known
@@ -262,11 +263,12 @@ def faithfulness(args):
                 "held_out": str(args.held_out or "10 % of real"),
                 "n_train": int(own.sum()), "n_mirrored": int((~own).sum()), "mirror": args.mirror,
                 "n_held_out": len(held_out), "n_fake": len(fake),
-                "n_fake_unjudged": int((~targets.any(1)).sum()), "n_fake_repeats": repeats(fake_images),
+                "n_fake_unjudged": int((~targets.any(1)).sum()),
+                "n_fake_repeats": repeats(fake_images, args.device),
                 "size": args.size, "steps": args.steps, "seed": args.seed}
     print(f"{len(fake)} generated images of {args.fake}, "
           f"{protocol['n_fake_unjudged']} with prompts that ask for nothing judged, "
-          f"{protocol['n_fake_repeats']} near-duplicates of another\n"
+          f"{protocol['n_fake_repeats']} that show again what another does\n"
           f"{protocol['n_train']} real images of {args.real} to train on"
           + f", {protocol['n_mirrored']} mirrored copies of them" * bool(args.mirror)
           + f", {len(held_out)} held out; {args.size} px, seed {args.seed}\n")
@@ -357,9 +359,9 @@ def usefulness(args):
     if not rows:
         raise BadInput(f"{args.fake}: expected prompts with an attribute present in some images of both "
                        f"folders and absent in others, as those of {args.real}")
-    n_repeats = repeats(fake_images)
+    n_repeats = repeats(fake_images, args.device)
     print(f"{args.real}: {len(train)} real images, {len(held_out)} held out; "
-          f"{args.fake}: {len(fake)} generated images, {n_repeats} near-duplicates of another, "
+          f"{args.fake}: {len(fake)} generated images, {n_repeats} that show again what another does, "
           f"{n_facts} fact{'s' * (n_facts != 1)} each; "
           f"{args.size} px, {args.steps} steps, seed {args.seed}\n")
     print_table(rows, {"values" if key == "n_values" else key: key for key in rows[0]})

@@ -23,7 +23,7 @@ from PIL import Image  # noqa: E402
 import copies  # noqa: E402
 import data  # noqa: E402
 from classifier import augment  # noqa: E402
-from memorisation import limit_of, repeats  # noqa: E402
+from memorisation import limit_of, same_frame  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -73,7 +73,8 @@ def others(images):
     order = torch.randperm(len(images), generator=GENERATOR)
     own, rest = images[order[len(order) // 2:]], images[order[:len(order) // 2]]
     residual, index, *_ = copies.closest(own, rest)
-    keep = [not repeats(torch.stack([img, rest[i]])) for img, i in zip(own, index, strict=True)]
+    keep = [r >= copies.LEAST and not same_frame(img, rest[i])
+            for r, img, i in zip(residual, own, index, strict=True)]
     return residual[keep], len(rest)
 
 
@@ -88,7 +89,8 @@ def main():
     quantiles = residual.quantile(torch.tensor([0, 0.01, 0.05, 0.5])).tolist()
     limit = limit_of(residual)
     print(f"{len(residual)} images against {n} others: smallest, 1 %, 5 %, median residual "
-          + ", ".join(f"{q:.2f}" for q in quantiles) + f"; limit {limit:.2f}")
+          + ", ".join(f"{q:.2f}" for q in quantiles) + f"; limit {limit:.2f}; by that of every second one "
+          f"{int((residual[1::2] < limit_of(residual[::2])).sum())} false alarms of {len(residual[1::2])}")
     some = torch.randperm(len(images), generator=GENERATOR)[:args.n]
     for name, form in FORMS.items():
         residual, index, *_ = copies.closest(form(images[some]), images)

@@ -47,11 +47,20 @@ def test_one_copy_among_a_thousand_is_found_with_its_original(kind):
     assert shift[k].tolist() == ([5, -7] if kind == "shifted" else [0, 0])
 
 
+@pytest.mark.parametrize("kind", ["as it is", "mirrored", "by one pixel", "recoloured"])
+def test_an_image_that_comes_again_is_counted(kind):
+    images = scenes(30, 2)
+    again = [x.roll((1, 1), (1, 2)) if kind == "by one pixel" else change(x, kind) for x in images[[3, 3, 8]]]
+    assert copies.repeats(images) == 0 and copies.repeats(images[:1]) == 0
+    assert copies.repeats(torch.stack([*images, *again])) == 3  # two of the one, one of the other
+
+
 def test_black_and_flat_images_are_copies_of_none():
     flat = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     flat[1] += 90
     residual = copies.closest(flat, torch.cat([flat, scenes(2, 0)]))[0]
     assert residual.tolist() == [1, 1, 1]
+    assert copies.repeats(flat) == 1                        # but a black one is there twice
 
 
 @real_images

@@ -570,8 +570,42 @@ def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, capsys, c
 
 def test_near_duplicates_that_are_held_out_are_counted_apart(toy):
     images, _ = data.load_images(data.read_folder(toy / "real")[:60], SIDE)
-    limit, frames, alarms = memorisation.copy_limit(torch.cat([images[40:], images[3:4]]), images[:40], "cpu")
-    assert frames == [20] and not alarms and 0.4 < limit <= memorisation.COPY
+    again = [images[3], images[4].flip(-1), images[5].roll((1, 1), (1, 2))]
+    held_out = torch.stack([*images[40:], *again])
+    limit, frames, alarms, n = memorisation.copy_limit(held_out, images[:40], "cpu")
+    assert frames == [20, 21, 22] and (alarms, n) == (0, 10) and 0.4 < limit <= memorisation.COPY
+
+
+def test_false_alarms_are_of_images_that_did_not_set_the_limit(monkeypatch):
+    residual = torch.tensor([1.0, 0.5, 0.9, 0.95])          # 0.5: another scene, nearer than the half's
+    monkeypatch.setattr(memorisation.copies, "closest", lambda *_: (residual, torch.zeros(4, dtype=int)))
+    images = torch.randint(256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
+    limit, frames, alarms, n = memorisation.copy_limit(images, images[3:], "cpu")
+    assert not frames and limit == pytest.approx(0.4) and (alarms, n) == (1, 2)
+
+
+def test_images_of_the_same_kind_are_seldom_suspicious():
+    """Generated and held-out ones at the same distances: the test errs in 5 %, whatever their numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for n_held_out, n in ((40, 2000), (170, 200)):
+        said = []
+        for _ in range(200):
+            found = {name: (torch.rand(k, generator=generator), torch.randint(50, (k,), generator=generator))
+                     for name, k in (("generated", n), ("held-out real", n_held_out))}
+            found["altered copies"] = torch.zeros(200), torch.zeros(200, dtype=int)
+            rows, *_ = memorisation.rows_of(found, torch.ones(50))
+            said.append(memorisation.verdict(*rows, 0).split(":")[0])
+        assert said.count("SUSPICIOUS") + said.count("COPIES") < 0.1 * len(said), (n, said)
+
+
+def test_images_nearer_than_held_out_ones_are_suspicious():
+    rows = [{"n": 100, "too close": share, "low": low, "high": high} for share, low, high in
+            ((0.1, 0.055, 0.174), (0.0, 0.0, 0.07), (1.0, 0.98, 1.0))]
+    assert memorisation.verdict(*rows, 0).startswith("SUSPICIOUS: more generated images are too close than")
+    rows[1]["high"] = 0.05
+    assert memorisation.verdict(*rows, 0).startswith("COPIES: more")
+    rows[0] |= {"too close": 0.03, "low": 0.01, "high": 0.085}
+    assert memorisation.verdict(*rows, 0).startswith("no sign of copying")
 
 
 @pytest.mark.parametrize("n", [1, 19])
