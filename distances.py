@@ -280,29 +280,33 @@ def mean_interval(values, resamples=100, seed=0) -> tuple[float, float]:
     """95 % interval of the mean of n values (n,) by the percentile bootstrap (Efron 1979).
 
     The 2.5 % and 97.5 % quantiles of the means of resamples, each n values drawn with replacement.
-
-    Of a share of in_balls or ball_counts: its own set is drawn anew, the balls stay. Drawn anew too, they
-    would shrink: a set drawn with replacement holds copies, whose nearest neighbour is at distance 0.
     """
     values, rng = values.double().cpu().numpy(), np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
     return tuple(np.quantile(means, (0.025, 0.975)).tolist())
 
 
-def fid_interval(real, fake, resamples=100, seed=0) -> tuple[float, float]:
-    """95 % interval of the Frechet distance d of so many images, by the bootstrap: both sets drawn anew.
+def intervals(figures, real, fake, resamples=100, seed=0) -> dict:
+    """{name: (low, high)}: 95 % intervals of figures(real, fake) -> {name: value from 0}, by half-sampling.
 
-    With d* the resampled distances: from d + q_2.5%(d*) - mean(d*), at least 0, to d + q_97.5%(d*) - mean(d*)
-    (ours). A set drawn with replacement has fewer distinct images, and the distance grows when there are
-    fewer; so the d* are moved until their mean is d. The interval says what other images in these numbers
-    would give, not what more images would.
+    Each resample is a random half of either set, drawn without replacement (subsampling: Politis and Romano
+    1994). Of a mean, halves deviate from the whole as wholes do from the truth: both variances are s^2 / n.
+    Copies, as drawing with replacement makes them, would shrink all nearest-neighbour balls to points. With
+    x* the figures of halves: from x + q_2.5%(x*) - mean(x*), at least 0, to x + q_97.5%(x*) - mean(x*)
+    (ours), since a Frechet distance, or a recall, of fewer images is another. So the interval says what other
+    images in these numbers would give, not what more images would. That of a small Frechet distance is too
+    wide, by half and more. A figure that halves do not have has none.
     """
-    real, fake = two_sets(real, fake, least=2)
-    rng, distance = np.random.default_rng(seed), fid(real, fake)
-    found = np.array([fid(*(x[rng.integers(len(x), size=len(x))] for x in (real, fake)))
-                      for _ in trange(resamples, desc="interval", delay=5, leave=False)])
-    low, high = distance + np.quantile(found, (0.025, 0.975)) - found.mean()
-    return max(0.0, float(low)), float(high)
+    real, fake = two_sets(real, fake, least=4)
+    rng, value, found = np.random.default_rng(seed), figures(real, fake), []
+    for _ in trange(resamples, desc="intervals", delay=5, leave=False):
+        found.append(figures(*(x[rng.permutation(len(x))[:len(x) // 2]] for x in (real, fake))))
+    out = {}
+    for name in found[0]:
+        halves = np.array([f[name] for f in found])
+        low, high = value[name] + np.quantile(halves, (0.025, 0.975)) - halves.mean()
+        out[name] = max(0.0, float(low)), float(high)
+    return out
 
 
 # Checks

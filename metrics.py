@@ -36,19 +36,16 @@ from data import SUFFIXES, batches, check_writable, read_ahead
 from distances import (
     as_features,
     as_moment,
-    ball_counts,
+    density_coverage,
     f1_score,
     fid,
-    fid_interval,
     frechet_distance,
-    in_balls,
     inception_score,
+    intervals,
     kid,
     mean_and_root,
-    mean_interval,
+    precision_recall,
 )
-from distances import density_coverage as density_coverage  # others call it, and the next, metrics.NAME
-from distances import precision_recall as precision_recall
 from files import (
     check_replaced,
     is_json_with,
@@ -77,10 +74,10 @@ RESULT = ("fid", "protocol", "n_fake", "kid_subset_size", "weights_published")  
 def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0, resamples=0) -> dict:
     """Every number of two sets {"features", "logits"}; real may be {"mu", "sigma"}.
 
-    whole=False leaves out KID, precision, recall, density and coverage. FID decreases with n. For scale it is
-    also computed for two disjoint halves of the real set, for as many fakes against one of these halves, and
-    for disjoint parts of both sets (mean and standard deviation). resamples: of the intervals, NAME_low and
-    NAME_high; 0 leaves them out.
+    whole=False leaves out KID, precision, recall, density and coverage. FID decreases with n. For scale, FID
+    and the last four are also computed for two disjoint halves of the real set, NAME_real_half, and for as
+    many fakes against one of these halves, NAME_fake_half; FID for disjoint parts of both sets too (mean and
+    standard deviation). resamples: of the intervals, NAME_low and NAME_high; 0 leaves them out.
     """
     rng, out = np.random.default_rng(seed), {}
     x, logits = shuffled(fake, rng)                         # files are in prompt order, splits must not be
@@ -101,16 +98,24 @@ def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0, resamples=0) 
         out["fid_parts"], out["fid_parts_std"] = float(np.mean(parts)), float(np.std(parts, ddof=1))
     if whole:
         out["kid"], out["kid_error"] = kid(y, x, kid_subset_size)
-        shares = dict(zip(("precision", "recall"), in_balls(y, x, K), strict=True))
-        if min(len(y), len(x)) > K_DENSITY:
-            shares |= zip(("density", "coverage"), ball_counts(y, x, K_DENSITY), strict=True)
-        out |= {name: values.double().mean().item() for name, values in shares.items()}
+        out |= neighbours(y, x)
         out["f1"] = f1_score(out["precision"], out["recall"])
-        if resamples:
-            intervals = {"fid": fid_interval(y, x, resamples, seed)}
-            intervals |= {name: mean_interval(values, resamples, seed) for name, values in shares.items()}
-            for name, ends in intervals.items():
-                out[f"{name}_low"], out[f"{name}_high"] = ends
+        n = out["n_half"]
+        for name, other in (("real_half", y[n:2 * n]), ("fake_half", x[:n])) if n > K else ():
+            out |= {f"{k}_{name}": v for k, v in neighbours(y[:n], other).items()}
+        if resamples and min(len(y), len(x)) // 2 > K:
+            ends = intervals(lambda y, x: {"fid": fid(y, x)} | neighbours(y, x), y, x, resamples, seed)
+            for name, (low, high) in ends.items():
+                is_share = name in ("precision", "recall", "coverage")
+                out[f"{name}_low"], out[f"{name}_high"] = low, min(high, 1.0) if is_share else high
+    return out
+
+
+def neighbours(real, fake) -> dict:
+    """Precision and recall; density and coverage where there are enough images."""
+    out = dict(zip(("precision", "recall"), precision_recall(real, fake, K), strict=True))
+    if min(len(real), len(fake)) > K_DENSITY:
+        out |= zip(("density", "coverage"), density_coverage(real, fake, K_DENSITY), strict=True)
     return out
 
 
@@ -287,6 +292,12 @@ def table(numbers, setting) -> str:
             note += f"; 95 %: {numbers[f'{key}_low']:.4f} to {numbers[f'{key}_high']:.4f}"
         return f"{name:<34}{scale * numbers[key]:>10.4f}{spread:<13}{note}".rstrip()
 
+    def halves(key):
+        if f"{key}_real_half" not in numbers:
+            return ""
+        real, fake = (numbers[f"{key}_{which}_half"] for which in ("real", "fake"))
+        return f"; {n_half} and {n_half}: real {real:.4f}, fake {fake:.4f}"
+
     known, protocol = numbers | setting, setting["protocol"]
     n_real, n_fake, n_half, n_part = (known.get(n) for n in ("n_real", "n_fake", "n_half", "n_part"))
     rows = [
@@ -303,11 +314,11 @@ def table(numbers, setting) -> str:
         subsets = f"100 subsets of {subset_size}" if subset_size else "whole sets"
         rows += [
             row("KID x 1000", "kid", f"{subsets}, std. error", "kid_error", 1000),
-            row("precision", "precision", f"k = {K}, fakes near reals"),
-            row("recall", "recall", f"k = {K}, reals near fakes"),
+            row("precision", "precision", f"k = {K}, fakes near reals" + halves("precision")),
+            row("recall", "recall", f"k = {K}, reals near fakes" + halves("recall")),
             row("F1", "f1"),
-            row("density", "density", f"k = {K_DENSITY}, reals around a fake; near 1 for real images"),
-            row("coverage", "coverage", f"k = {K_DENSITY}, reals with a fake near"),
+            row("density", "density", f"k = {K_DENSITY}, reals around a fake" + halves("density")),
+            row("coverage", "coverage", f"k = {K_DENSITY}, reals with a fake near" + halves("coverage")),
         ]
     if setting["features"] == "inception":
         rows += [

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import distances
 import inception
 import metrics
 
@@ -294,23 +295,33 @@ def test_density_and_coverage_of_known_sets():
 
 
 def test_intervals_hold_the_mean_of_other_sets_of_the_same_size():
-    """95 % intervals, by the distance of two other Gaussians and by a share: 9 of 10 and more hold it."""
+    """95 % intervals of every figure of two Gaussians, and of a share: most of 40 hold it, and they are about
+    as wide as the figure varies."""
     n, d = 60, 4
 
     def pair(i):
         return normal(n, d, 2 * i), normal(n, d, 2 * i + 1, shift=0.7)
 
-    expected = np.mean([metrics.fid(*pair(i)) for i in range(1000, 1400)])
-    ends = [metrics.fid_interval(*pair(i)) for i in range(60)]
-    assert np.mean([low <= expected <= high for low, high in ends]) >= 0.87
-    shares = [metrics.mean_interval(torch.rand(80, generator=torch.Generator().manual_seed(i)) < 0.3)
+    def figures(real, fake):
+        return {"fid": metrics.fid(real, fake)} | metrics.neighbours(real, fake)
+
+    true = [figures(*pair(i)) for i in range(1000, 1200)]
+    ends = [metrics.intervals(figures, *pair(i), resamples=60) for i in range(40)]
+    for name in true[0]:
+        values = np.array([t[name] for t in true])
+        assert np.mean([e[name][0] <= values.mean() <= e[name][1] for e in ends]) >= 0.8, name
+        width = np.mean([high - low for low, high in (e[name] for e in ends)]) / (2 * 1.96 * values.std())
+        assert 0.8 < width < 1.3, (name, width)
+    shares = [distances.mean_interval(torch.rand(80, generator=torch.Generator().manual_seed(i)) < 0.3)
               for i in range(100)]
     assert np.mean([low <= 0.3 <= high for low, high in shares]) >= 0.87
     width = np.mean([high - low for low, high in shares])
     assert width == pytest.approx(2 * 1.96 * (0.21 / 80)**0.5, rel=0.1)
-    wide, narrow = (np.subtract(*metrics.fid_interval(*(x[:m] for x in pair(0)))) for m in (15, 60))
+    wide, narrow = (np.subtract(*metrics.intervals(figures, *(x[:m] for x in pair(0)))["fid"])
+                    for m in (15, 60))
     assert wide < narrow < 0
-    assert metrics.fid_interval(*pair(0)) == ends[0]
+    assert metrics.intervals(figures, *pair(0), resamples=60) == ends[0]
+    assert metrics.intervals(figures, *(x[:10] for x in pair(0))).keys() == {"fid", "precision", "recall"}
 
 
 # ---------------------------------------------------------------- KID and Inception Score
