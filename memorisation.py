@@ -165,10 +165,10 @@ def print_memorisation(rows, near, near_ratio, limit, frames, tested, copied, co
           "altered copies: training images with other light, blur, noise and a pixel's shift, as copies "
           "would score.\n\n"
           f"copies, each image on its own: {len(copied)} of {rows[0]['n']} generated ones have a residual "
-          f"below {limit:.2f}, 0.8 of the smallest\nof held-out ones. By the limit that one half of these "
-          f"sets, {alarms} of {n_tested} in the other half are copies: at most\n"
-          f"{5000 * wilson(alarms, n_tested)[1]:.0f} of 5,000 are false alarms (95 %). Not counted: "
-          f"{len(frames)} held-out ones that show what a training image\ndoes, as frames of one clip.")
+          f"below {limit:.2f}, the limit that held-out ones set.\nBy that of one half of these, {alarms} of "
+          f"{n_tested} in the other half would be copies: at most "
+          f"{5000 * wilson(alarms, n_tested)[1]:.0f} of 5,000\nare false alarms (95 %). Not counted: "
+          f"{len(frames)} held-out ones that show what a training image does, as frames of one clip.")
     for c in copied[:SHOWN]:
         down, right = c["shift"]
         print(f"    {c['image']}: {c['training']} {c['form']}, shifted by {down}, {right} of 64 (down, "
