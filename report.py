@@ -372,12 +372,14 @@ def faithfulness_section(found):
     path, values = found.faithfulness
     charts = [chart for key, name in (("summary", "in short"), ("values", "value by value"))
               for chart in share_charts(path, values, key, name)]
+    dealt = all("base_rate" in r for r in rows_of(path, values, "values"))  # none in older files
     protocol = (f"{shown(values.get('n_fake'))} generated images of {values.get('fake')}. The judge is a "
                 f"classifier trained on {shown(values.get('n_train'))} images of {values.get('real')}, "
                 f"{shown(values.get('n_held_out'))} held out, {shown(values.get('size'))} px, "
                 f"{shown(values.get('steps'))} steps, seed {values.get('seed')}. Circle: its share of "
-                "held-out real images that show the value, what perfect images would score. Diamond: chance, "
-                "the share of real images that show it anyway.")
+                "held-out real images that show the value, what perfect images would score. Diamond: "
+                + ("chance, what the same images would have if they were dealt to the prompts at random."
+                   if dealt else "the share of real images that show it."))
     rare = values["not_judged"]
     rare = f"Not judged: {'; '.join(map(str, rare))}." if isinstance(rare, list) and rare else ""
     return section("faith", title, paragraph(protocol), f'<div class="wide">{"".join(charts)}</div>',

@@ -201,6 +201,14 @@ def test_the_tasks_figures_are_said_to_be_of_other_images(folder):
     assert "the organisers' own two sets" in found and "2,000 development images" not in found
 
 
+def test_chance_is_named_as_the_file_has_it(folder):
+    make_results()
+    assert "Diamond: the share of real images that show it." in Page(page()).text
+    rows = {key: [r | {"base_rate": 0.2} for r in FAITHFULNESS[key]] for key in ("values", "summary")}
+    write(folder / "runs/a/faith.json", FAITHFULNESS | rows)
+    assert "Diamond: chance, what the same images would have if they were dealt" in Page(page()).text
+
+
 def test_a_file_that_was_only_searched_does_not_end_the_page(folder):
     out = make_results()
     (folder / "runs/a/notes.json").write_text("[1]")
