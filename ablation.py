@@ -172,6 +172,8 @@ def ablation(args):
     cells = {(seed, arm): args.out / f"seed-{seed}" / arm for seed in range(args.seeds) for arm in args.arms}
     with trials.claimed(args.out, settings):
         make_shared(args, real)
+        if any(args.out.glob("seed-*/*/result.json")):
+            write_tables(args)  # is what is there of use? now, not after a training
         for i, ((seed, arm), folder) in enumerate(cells.items(), 1):
             print(f"\n{args.out}: {i} of {len(cells)}, {arm}, seed {seed}", file=sys.stderr)
             trials.cell(folder, lambda folder, arm=arm, seed=seed: make_arm(args, arm, seed, folder))

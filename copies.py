@@ -43,14 +43,19 @@ def closest(images, originals, device="cpu"):
     as a black one, has a residual of 1.
     """
     _, index, which = shortlist(images, originals, device)
-    form, place = which // PLACES**2, which % PLACES**2
     found = []
     for k, x in enumerate(images):
-        turned = forms(canvas(x[None].to(device)))[0, form[k]]
-        residual, shift = align(turned, canvas(originals[index[k]].to(device)), place[k].to(device))
+        residual, shift = align_all(x, originals[index[k]], which[k], device)
         best = int(residual.argmin())
-        found.append((residual[best].cpu(), index[k, best], form[k, best], shift[best].cpu()))
+        found.append((residual[best], index[k, best], which[k, best] // PLACES**2, shift[best]))
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+
+def align_all(x, originals, which, device):
+    """align of one image (3, h, w) and k originals, each in its form and near its place, on the CPU."""
+    turned = forms(canvas(x[None].to(device)))[0, which // PLACES**2]
+    residual, shift = align(turned, canvas(originals.to(device)), (which % PLACES**2).to(device))
+    return residual.cpu(), shift.cpu()
 
 
 def shortlist(images, originals, device, others=False):
@@ -63,8 +68,10 @@ def shortlist(images, originals, device, others=False):
     blocks = tqdm(batches(len(originals), 512), "copies", unit="block", delay=2, leave=False, disable=None)
     for block in blocks:
         windows = windows_of(canvas(originals[block].to(device)))
-        scores = [similarity(canvas(images[part].to(device)), windows) for part in batches(n, 16)]
-        score, best = (torch.cat(parts).cpu() for parts in zip(*scores, strict=True))     # (n, block)
+        score = torch.empty(n, block.stop - block.start)    # filled in place: a list fragments the heap
+        best = torch.empty(score.shape, dtype=torch.long)
+        for part in batches(n, 16):
+            score[part], best[part] = similarity(canvas(images[part].to(device)), windows)
         number = torch.arange(block.start, block.stop).expand(n, -1)
         if others:
             score = score.masked_fill(number == torch.arange(n)[:, None], -1.0)
@@ -79,23 +86,26 @@ def repeats(images, device="cpu"):
     """The number of images (n, 3, h, w) that show again what another of them shows: n less the number of
     different ones. Again: the same pixels, or a residual to it below LEAST.
 
-    Only the most similar one is aligned, and none whose correlation is below CORRELATION: shifted and
-    mirrored images have at least 0.79, nineteen of twenty unrelated ones below 0.71, of phantoms and of
-    Kvasir-SEG.
+    Images whose correlation is below CORRELATION are not aligned: shifted and mirrored ones have at least
+    0.79, nineteen of twenty unrelated ones below 0.71, of phantoms and of Kvasir-SEG. Of each group that is
+    found one image stays, and these are compared anew: a group may be larger than a shortlist.
     """
-    if len(images) < 2:
-        return 0
-    top, index, which = (x[:, 0] for x in shortlist(images, images, device, others=True))
-    links, first = [], {}
+    first = {}
     for k, x in enumerate(images):
-        links.append((k, first.setdefault(x.numpy().tobytes(), k)))
-        if top[k] > CORRELATION:
-            form, place = which[k] // PLACES**2, which[k:k + 1] % PLACES**2
-            turned = forms(canvas(x[None].to(device)))[:, form]
-            residual, _ = align(turned, canvas(images[index[k], None].to(device)), place.to(device))
-            links += [(k, int(index[k]))] * bool(residual < LEAST)
-    graph = coo_array((np.ones(len(links), bool), np.array(links).T), shape=(len(images),) * 2)
-    return len(images) - connected_components(graph, directed=False)[0]
+        first.setdefault(x.numpy().tobytes(), k)
+    left = images[list(first.values())]
+    while len(left) > 1:
+        links, short = [], shortlist(left, left, device, others=True)
+        for k, (top, index, which) in enumerate(zip(*short, strict=True)):
+            if (near := top > CORRELATION).any():
+                residual, _ = align_all(left[k], left[index[near]], which[near], device)
+                links += [(k, i) for i in index[near][residual < LEAST].tolist()]
+        if not links:
+            break
+        graph = coo_array((np.ones(len(links), bool), np.array(links).T), shape=(len(left),) * 2)
+        label = connected_components(graph, directed=False)[1]
+        left = left[np.unique(label, return_index=True)[1]]
+    return len(images) - len(left)
 
 
 def canvas(images):

@@ -295,7 +295,7 @@ def intervals(figures, real, fake, resamples=100, seed=0) -> dict:
     x* the figures of halves: from x + q_2.5%(x*) - mean(x*), at least 0, to x + q_97.5%(x*) - mean(x*)
     (ours), since a Frechet distance, or a recall, of fewer images is another. So the interval says what other
     images in these numbers would give, not what more images would. That of a small Frechet distance is too
-    wide, by half and more. A figure that halves do not have has none.
+    wide, by half and more. A figure that halves do not have, or that is one and the same in all, has none.
     """
     real, fake = two_sets(real, fake, least=4)
     rng, value, found = np.random.default_rng(seed), figures(real, fake), []
@@ -304,8 +304,9 @@ def intervals(figures, real, fake, resamples=100, seed=0) -> dict:
     out = {}
     for name in found[0]:
         halves = np.array([f[name] for f in found])
-        low, high = value[name] + np.quantile(halves, (0.025, 0.975)) - halves.mean()
-        out[name] = max(0.0, float(low)), float(high)
+        if np.ptp(halves):
+            low, high = (value[name] + np.quantile(halves, (0.025, 0.975)) - halves.mean()).tolist()
+            out[name] = max(0.0, min(low, value[name])), max(high, value[name])
     return out
 
 

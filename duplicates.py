@@ -8,6 +8,7 @@ from command import BadInput
 
 import glob
 import hashlib
+import sys
 import time
 
 import numpy as np
@@ -114,6 +115,24 @@ def seen(records, workers=2) -> list[tuple]:
         write_seen(file, known)
     found = [out[i] if i in out else known[r.name][1:] for i, r in enumerate(records)]
     return [(sha, t, why and f"{r.path}{why}") for r, (sha, t, why) in zip(records, found, strict=True)]
+
+
+def expect_others(records, folder, known, source, what):
+    """BadInput if most images of a folder are those of another, of which the message says what they are.
+
+    The same: equal bytes, or an equal thumbnail with any detail. Some are said in a line: a set may hold an
+    image twice.
+    """
+    def keys(records):
+        return [t.tobytes() if np.ptp(t) else sha for sha, t, _ in seen(records)]
+
+    there = set(keys(known))
+    n = sum(key in there for key in keys(records))
+    said = f"{folder}: {n} of {len(records)} images are those of {source} {what}"
+    if n > len(records) / 2:
+        raise BadInput(f"{said}; expected other ones")
+    if n:
+        print(said, file=sys.stderr)
 
 
 def memory(records, what):

@@ -19,8 +19,8 @@ from command import BadInput, at_least_one, best_device, check_range, run_comman
 
 import argparse
 import csv
+import math
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ JUDGEMENT = {           # keys by which a --json file of each command is known
     "usefulness": ("n_held_out", "attributes"),
     "memorisation": ("near_ratio", "verdict", "flagged", "rows", "pairs"),
 }
+LEARNT = "that the classifier is trained on"
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
     "a polyp": [("polyp", "a polyp")],
@@ -76,19 +77,21 @@ SUMMARY = {             # rows of the short table: which values each pools
 
 def requested(attributes: dict) -> list[tuple]:
     """The (attribute, value) pairs that a prompt names explicitly: "2 polyps" is a count, not presence."""
-    a = attributes
+    a, contains = attributes, attributes.get("contains", ())
     out = [("place", c) for c in a.get("abnormality_cells", ())] + [("size", s) for s in a.get("sizes", ())]
     out += [("colour", c) for c in a.get("colors", ())] + [("paris", p) for p in a.get("paris", ())]
-    if a.get("n_polyps") == 0:
+    none = a.get("n_polyps") == 0
+    if none and not ("polyp" in contains or a.get("sizes") or a.get("paris")):  # they contradict it
         out.append(("polyp", "no polyps"))
-    elif "n_polyps" in a:
+    if a.get("n_polyps"):
         out.append(("count", count_value(a["n_polyps"])))
-    if "polyp" in a.get("contains", ()):
+    if "polyp" in contains and not none:
         out.append(("polyp", "a polyp"))
-    if "n_instruments" in a:
-        out.append(("instruments", "some" if a["n_instruments"] else "none"))
-    elif any(prompts.KIND[name] == "instrument" for name in a.get("contains", ())):
+    named = a.get("instrument_cells") or any(prompts.KIND[name] == "instrument" for name in contains)
+    if a.get("n_instruments", bool(named)):
         out.append(("instruments", "some"))
+    elif "n_instruments" in a and not named:
+        out.append(("instruments", "none"))
     out += [(key, "with" if a[key] else "without") for key in ("box", "text") if key in a]
     out += [("procedure", a["procedure"])] if "procedure" in a else []
     return [pair for pair in out if pair in COLUMN]
@@ -111,7 +114,7 @@ def report(predicted, targets, truth_real, predicted_held_out, truth_held_out, t
     classifier's own images, if these are more than truth_real's.
 
     chance: the share if the same images were dealt at random to the prompts that ask for any value of the
-    attribute. base rate: the share of real images that show it.
+    attribute; nan where all ask for the same. base rate: the share of real images that show it.
     """
     known = truth_held_out != UNKNOWN
     accuracy = share(predicted_held_out == (truth_held_out == 1), known)
@@ -120,7 +123,10 @@ def report(predicted, targets, truth_real, predicted_held_out, truth_held_out, t
     base_rate = share(truth_real == 1, truth_real != UNKNOWN)
     chance = torch.empty(len(VALUES))
     for span in SLICE.values():
-        chance[span] = predicted[targets[:, span].any(1), span].float().mean(0)
+        asked = targets[:, span].any(1)
+        chance[span] = predicted[asked, span].float().mean(0)
+        if len(targets[asked, span].unique(dim=0)) < 2:                 # all ask for the same
+            chance[span] = math.nan
     n, hits = targets.sum(0), (predicted & targets).sum(0)
     only = (same_set(predicted, targets) & targets).sum(0)
     why = cannot_judge(truth_real if trained_on is None else trained_on)
@@ -214,23 +220,9 @@ def real_images(folder, held_out, size, mirror=None):
     if not rest:
         raise BadInput(f"{folder}: 1 image, expected at least 2, one of them to hold out, or --held-out")
     if held_out:
-        expect_others(rest, held_out, train, folder)
+        duplicates.expect_others(rest, held_out, train, folder, LEARNT)
     train, _ = mirrored.with_copies(train, mirror, size, wording.Wording())
     return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
-
-
-def expect_others(records, folder, known, source):
-    """BadInput if most image files of a folder are, byte for byte, those that a classifier learns from.
-
-    It would score them as perfect. Some are said in a line: a set may hold a file twice.
-    """
-    seen = {sha for sha, *_ in duplicates.seen(known)}
-    if (n := sum(sha in seen for sha, *_ in duplicates.seen(records))) > len(records) / 2:
-        raise BadInput(f"{folder}: {n} of {len(records)} images are those of {source} that the classifier is "
-                       "trained on; expected other ones")
-    if n:
-        print(f"{folder}: {n} of {len(records)} images are among those of {source} that the classifier is "
-              "trained on", file=sys.stderr)
 
 
 def labelled(records, folder, size, total=None):
@@ -254,7 +246,8 @@ def faithfulness(args):
                        f"the first is {fake[0].prompts[0]!r}")
     real = real_images(args.real, args.held_out, args.size, args.mirror)
     (train, images, labels), (held_out, held_out_images, held_out_labels) = real
-    expect_others(fake, args.fake, train, args.real)
+    duplicates.expect_others(fake, args.fake, train, args.real, LEARNT)
+    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, "held out")
     net = classifier_of(args.real, train, images, labels, args)
     own = torch.tensor([not r.mirror for r in train])
     rows, summary, confused, not_judged = report(predict(net, fake_images), targets, labels[own],
@@ -295,7 +288,8 @@ def print_faithfulness(rows, summary, confused, degraded):
           "polyps in all cells would have a share of 1. only, real: the same of held-out real images.\n"
           "accuracy: of all held-out real images, those that the classifier judges correctly.\n"
           "chance: the share if these images were dealt to these prompts at random. base rate: of the real\n"
-          "images, those that show it. One image for all prompts may exceed both.\n")
+          "images, those that show it. One image for all prompts may exceed both; where all prompts ask for\n"
+          "the same, there is no chance.\n")
     print_table(confused, {"attribute": "attribute", "asked for": "asked for", "n": "n", "found": lambda row:
                            ", ".join(f"{value} {k}" for value, k in row["found"].items())})
     print("\nfound: what the classifier finds where this is asked for, and in how many of the n images.\n")
@@ -341,10 +335,12 @@ def usefulness(args):
     real = real_images(args.real, args.held_out, args.size)
     (train, images, labels), (held_out, test_images, test_labels) = real
     fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
-    expect_others(fake, args.fake, train, args.real)
+    duplicates.expect_others(fake, args.fake, train, args.real, LEARNT)
+    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, "held out")
     on_all = classifier_of(args.real, train, images, labels, args)
     rng = random.Random(args.seed)
-    n, n_facts = min(len(train), len(fake)), round(sum(len(facts_of(r)) for r in fake) / len(fake))
+    n, n_facts = min(len(train), len(fake)), max(
+        1, round(sum(len(facts_of(r)) for r in fake) / len(fake)))
     a, b = rng.sample(range(len(train)), n), rng.sample(range(len(fake)), n)
     few_labels = labels_from_facts([train[i] for i in a], n_facts, rng)
     on_real = train_classifier(images[a], few_labels, args.steps, args.seed, device=args.device)

@@ -197,6 +197,8 @@ def convert_seg(src, out, workers):
         return true_prompts(images[i], masks[images[i].stem])
 
     rows = data.in_parallel(prompts_of, len(images), workers, "masks")
+    if none := sum(prompts.write({"n_polyps": 0}) in own for own in rows):
+        print(f"{none} of {len(images)} images have no polyp in their mask")
     write_folder(out, dict(zip(images, rows, strict=True)), TERMS["seg"])
 
 
@@ -329,23 +331,29 @@ def captions_of(path, left_out):
 # HyperKvasir
 
 
+def spelled(name):
+    """A class or a tract as its folder is called: "Dyed lifted polyps" is dyed-lifted-polyps."""
+    return "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+
+
 def convert_hyper(src, out):
     """HyperKvasir's labelled images, TRACT/KIND/CLASS/*.jpg with image-labels.csv, into a data folder."""
     src, left_out = Path(src), Left()
     table = src / "image-labels.csv"
-    if not table.is_file() or not any((src / tract).is_dir() for tract in TRACTS):
+    if not table.is_file() or not any(spelled(p.name) in TRACTS for p in src.iterdir()):
         raise BadInput(f"{src}: expected the folder labeled-images of HyperKvasir, which holds "
                        f"image-labels.csv, {' and '.join(TRACTS)}")
-    labels = {name: "-".join(finding.lower().replace("_", " ").split())
+    labels = {name: spelled(finding)
               for _, (name, finding) in data.csv_rows(table, (("video file",), True), (("finding",), True))}
-    images = [p for tract in TRACTS for folder in sorted((src / tract).glob("*/*")) if folder.is_dir()
-              for p in data.files_in(folder)]
+    tracts = {p: TRACTS[spelled(p.name)] for p in sorted(src.iterdir()) if spelled(p.name) in TRACTS}
+    images = {p: procedure for tract, procedure in tracts.items() for folder in sorted(tract.glob("*/*"))
+              if folder.is_dir() for p in data.files_in(folder)}
     if twice := [name for name, n in Counter(p.name for p in images).items() if n > 1]:
         same = [str(p.relative_to(src)) for p in images if p.name == twice[0]]
         raise BadInput(f"{src}: expected each name once, got {' and '.join(same)}")
     found = {}
-    for path in images:
-        own, label = path.parent.name, labels.pop(path.stem, None)
+    for path, procedure in images.items():
+        own, label = spelled(path.parent.name), labels.pop(path.stem, None)
         if own not in CLASSES:
             left_out["images of a class that is not known"][own] += 1
         elif label in CLASSES and CLASSES[label] != CLASSES[own]:
@@ -355,7 +363,7 @@ def convert_hyper(src, out):
                 left_out["images without a row of a known class, whose folder was believed"][
                     f"{path.name}, {label or 'no row'}"] += 1
             facts = [{"contains": [CLASSES[own]]}] * bool(CLASSES[own])
-            facts += [{"procedure": TRACTS[path.relative_to(src).parts[0]]}]
+            facts += [{"procedure": procedure}]
             found[path] = [prompts.write(fact) for fact in facts]
     left_out["rows without their image"].update(list(labels))
     if not found:

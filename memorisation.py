@@ -19,9 +19,9 @@ from tqdm import trange
 
 import copies
 import data
+import duplicates
 import metrics
 from classifier import augment
-from duplicates import compare
 from files import replacing
 from inception import Inception
 from pixels import FORMATS, SIDE
@@ -48,15 +48,21 @@ def memorisation(args):
     if len(train) < 2 or len(held_out) < FEWEST:
         raise BadInput(f"expected at least 2 training images and {FEWEST} held out, got {len(train)} "
                        f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
+    if args.held_out:
+        duplicates.expect_others(image_records(args.fake), args.fake, held_out, args.held_out, "held out")
     images, train = data.load_images(train, args.size, total=total)
     held_out_images, held_out = data.load_images(held_out, args.size, total=total)
     fake_images, fake = data.load_images(image_records(args.fake), args.size)
     named, found, radius = distances(images, held_out_images, fake_images, args)
-    rows, near, near_ratio = rows_of(found, radius)
-    if near == 0:
+    if (found["held-out real"][0] == 0).float().mean() >= 0.01:
         raise BadInput(f"{args.held_out or args.train}: expected held-out images other than those to "
                        "train on, 1 % and more are the same")
-    limit, frames, *tested = copy_limit(held_out_images, images, args.device)
+    rows, near, near_ratio = rows_of(found, radius, args.seed)
+    limit, frames, *tested = copy_limit(held_out_images, images, args.device, args.seed)
+    if len(held_out) - len(frames) < FEWEST:
+        raise BadInput(f"{args.held_out or args.train}: {len(frames)} of {len(held_out)} held-out images "
+                       f"show what a training image does, as {held_out[frames[0]].name}; expected at least "
+                       f"{FEWEST} others")
     copied, copied_pairs = copies_among(fake_images, fake, images, train, limit, args.device)
     conclusion = verdict(*rows, len(copied))
     print(f"{len(train)} training images of {args.train}; {args.size} px; distances of {named}\n")
@@ -99,18 +105,26 @@ def distances(images, held_out, fake, args):
     return named, {name: nearest(features(embed, x, args.device), known) for name, x in kinds.items()}, radius
 
 
-def rows_of(found, radius):
+def halves(n, seed):
+    """The indices below n, in random order, as two halves."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[::2], order[1::2]
+
+
+def rows_of(found, radius, seed=0):
     """(a row for each kind of images, the two limits of "too close").
 
     found: {kind: (distance, index) of the nearest training image}; radius: of each of these the distance to
     its own nearest. Too close is a distance, or its ratio to the radius, below the 1 % quantile of one half
     of the held-out images. Their row is of the other half: that of the first would be 1 % by construction.
     """
-    d, i = (x[::2] for x in found["held-out real"])
+    d, i = found["held-out real"]
+    own, others = halves(len(d), seed)
+    d, i = d[own], i[own]
     near, near_ratio = d.quantile(0.01), (d / radius[i]).quantile(0.01)
     rows = []
     for name, (d, i) in found.items():
-        d, i = (d[1::2], i[1::2]) if name == "held-out real" else (d, i)
+        d, i = (d[others], i[others]) if name == "held-out real" else (d, i)
         close = (d < near) | (d / radius[i] < near_ratio)
         low, high = wilson(int(close.sum()), len(close))
         rows.append({"images": name, "n": len(d), "too close": float(close.float().mean()),
@@ -119,7 +133,7 @@ def rows_of(found, radius):
     return rows, near, near_ratio
 
 
-def copy_limit(held_out, originals, device):
+def copy_limit(held_out, originals, device, seed=0):
     """(residual below which an image is a copy, indices of near-duplicates, false alarms, of how many).
 
     Held-out images that show what a training image does, as frames of one clip, are counted apart. All others
@@ -130,7 +144,8 @@ def copy_limit(held_out, originals, device):
     frames = [k for k in (residual < COPY).nonzero()[:, 0].tolist()
               if residual[k] < copies.LEAST or same_frame(held_out[k], originals[index[k]])]
     others = np.delete(residual.numpy(), frames)
-    tested = others[1::2] < limit_of(others[::2])
+    own, rest = (others[half.numpy()] for half in halves(len(others), seed))
+    tested = rest < limit_of(own)
     return limit_of(others), frames, int(tested.sum()), len(tested)
 
 
@@ -151,7 +166,7 @@ def copies_among(images, records, originals, train, limit, device):
 def same_frame(*images) -> bool:
     """Whether two uint8 images (3, h, w) are near-duplicates by the rule of a data folder."""
     grey = F.adaptive_avg_pool2d(torch.stack(images).float().mean(1, keepdim=True), SIDE)[:, 0]
-    return bool(compare(grey.byte().numpy()))
+    return bool(duplicates.compare(grey.byte().numpy()))
 
 
 def print_memorisation(rows, near, near_ratio, limit, frames, tested, copied, conclusion):
@@ -187,13 +202,14 @@ def verdict(generated, real, altered, n_copies):
     if n_copies:
         are = "is a training image" if n_copies == 1 else "are training images"
         return f"COPIES: {n_copies} of {n} generated images {are}"
-    if generated["low"] > real["high"]:
+    close = [[round(row["n"] * share) for share in (row["too close"], 1 - row["too close"])]
+             for row in (generated, real)]
+    p = scipy.stats.fisher_exact(close, alternative="greater").pvalue
+    if p < 0.01 and generated["low"] > real["high"]:
         return "COPIES: more generated images are too close than chance explains"
     if altered["low"] <= real["high"]:
         return "cannot tell: not even altered copies stand out in these features"
-    close = [[round(row["n"] * share) for share in (row["too close"], 1 - row["too close"])]
-             for row in (generated, real)]
-    if (p := scipy.stats.fisher_exact(close, alternative="greater").pvalue) < 0.05:
+    if p < 0.05:
         return (f"SUSPICIOUS: more generated images are too close than held-out ones (Fisher's exact test: "
                 f"p = {p:.2g}); too few are held out to be sure")
     if n < FEWEST:

@@ -106,8 +106,8 @@ def evaluate(real, fake, whole=True, kid_subset_size=None, seed=0, resamples=0) 
         if resamples and min(len(y), len(x)) // 2 > K:
             ends = intervals(lambda y, x: {"fid": fid(y, x)} | neighbours(y, x), y, x, resamples, seed)
             for name, (low, high) in ends.items():
-                is_share = name in ("precision", "recall", "coverage")
-                out[f"{name}_low"], out[f"{name}_high"] = low, min(high, 1.0) if is_share else high
+                most = 1.0 if name in ("precision", "recall", "coverage") else high
+                out[f"{name}_low"], out[f"{name}_high"] = low, min(high, most)
     return out
 
 

@@ -153,6 +153,11 @@ def write_table(args):
         if missing or "source" not in r:
             raise BadInput(f"{args.out}: a result.json without {(*missing, 'source')[0]}, expected those of "
                            "table3; the folder is to hold nothing else")
+        for name in args.measures:
+            if wrong := [k for k, v in r[name].items() if k not in ("space", "weights")
+                         and v is not None and not trials.is_finite(v)]:
+                raise BadInput(f"{args.out}: the result.json of {r['source']}: expected {name}, {wrong[0]}, "
+                               f"a finite number, got {r[name][wrong[0]]!r:.60}")
     for name in args.measures:
         trials.one_space(args.out, [trials.space_name(r[name], args.out) for r in found])
     keys = {"fid": "FID", "fid_fake_half": "FID, equal n", "fid_real_half": "FID of real images, equal n",

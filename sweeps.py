@@ -85,6 +85,8 @@ def sweep(args, network, name):
             trials.cell(args.out / "stage-1", lambda folder: train(
                 args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))
             args.decoder_lora = args.out / "stage-1/run/best"
+        if any((args.out / cell / "result.json").exists() for cell in CELLS):
+            write_table(args, name)  # is what is there of use? now, not after a training
         for i, cell in enumerate(args.cells, 1):
             print(f"\n{args.out}: {i} of {len(args.cells)}, {cell}", file=sys.stderr)
             trials.cell(args.out / cell, lambda folder, cell=cell: make_cell(args, cell, folder))
@@ -112,8 +114,8 @@ def best_prior(folder):
                        "prior's adapter by --prior-lora FOLDER")
     rows = read_json(file).get("results") or []
     if not isinstance(rows, list) or not rows or not all(
-            isinstance(row, dict) and row.keys() >= {"cell", "fid", "val_loss"} and row["cell"] in CELLS
-            for row in rows):
+            isinstance(row, dict) and row.get("cell") in list(CELLS) and trials.is_finite(row.get("val_loss"))
+            and (row.get("fid", "") is None or trials.is_finite(row.get("fid"))) for row in rows):
         raise BadInput(f"{file}: expected the result of table1, with cells in its results; run table1 again "
                        "in its folder")
     key = "fid" if all(row["fid"] is not None for row in rows) else "val_loss"

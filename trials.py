@@ -100,9 +100,9 @@ def claimed(out, settings):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not (is_new := create_json(file, settings)):
         old = read_json(file)
-        for k in sorted(old.keys() | settings.keys()):
-            if old.get(k) != settings.get(k):
-                raise BadInput(f"{out}: holds results of {k}={old.get(k)!r}, now {k}={settings.get(k)!r}; "
+        for k in sorted(old.keys() & settings.keys()):  # what it lacks, its version did not know
+            if old[k] != settings[k]:
+                raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings[k]!r}; "
                                f"give another --out, or, if no result is of the first, mend {file}")
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
@@ -136,7 +136,7 @@ def result(folder, figures, optional=()):
     found = read_json(file)
     for key in (*figures, *optional):
         value = found.get(key)
-        if not _is_finite(value) and not (key in optional and value is None):
+        if not is_finite(value) and not (key in optional and value is None):
             raise BadInput(f"{file}: expected {key}, a finite number, got {value!r:.60}; remove the file, "
                            "and the same command makes it again")
     return dict.fromkeys(optional) | found
@@ -147,7 +147,7 @@ def results(folders, figures, optional=()):
     return {k: result(f, figures, optional) for k, f in folders.items() if (f / "result.json").exists()}
 
 
-def _is_finite(value):
+def is_finite(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN
 
 
@@ -159,7 +159,7 @@ def validation(run_folder, *others):
     held_out = [line for line in read_log(run_folder)[0] if "val_loss" in line and line["step"]]
     for line in held_out:
         for key in ("val_loss", *others):
-            if not _is_finite(line.get(key)):
+            if not is_finite(line.get(key)):
                 raise BadInput(f"{run_folder}/metrics.jsonl, step {line['step']}: expected {key}, a finite "
                                f"number, got {line.get(key)!r:.60}")
     if not held_out:
@@ -218,7 +218,10 @@ def space_name(found, file):
 
 def one_space(out, names):
     """The one space of a table's figures, by their names (space_of); "" without any. BadInput for several."""
-    if len(names := sorted(set(names))) > 1:
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise BadInput(f"{out}: expected the name of a space in each result.json, got {wrong[0]!r:.60}")
+    names = {n for n in names if not any(m.startswith(f"{n}, weights ") for m in names)}  # by older versions
+    if len(names := sorted(names)) > 1:
         raise BadInput(f"{out}: figures in several spaces, which do not compare: {'; '.join(names)}; give "
                        "another --out, or remove result.json and the metrics beside it of some cells")
     return "".join(names)

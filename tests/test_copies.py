@@ -55,6 +55,12 @@ def test_an_image_that_comes_again_is_counted(kind):
     assert copies.repeats(torch.stack([*images, *again])) == 3  # two of the one, one of the other
 
 
+def test_a_large_group_is_one_image():
+    one = F.interpolate(scenes(1, 5).float(), size=96, mode="bilinear").byte()[0]
+    moved = [one[:, 16 + k // 5:80 + k // 5, 16 + k % 5:80 + k % 5] for k in range(25)]
+    assert copies.repeats(torch.stack([*moved, *moved[:7], *scenes(3, 6)])) == 31
+
+
 def test_black_and_flat_images_are_copies_of_none():
     flat = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     flat[1] += 90

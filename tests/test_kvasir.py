@@ -360,6 +360,12 @@ def test_a_row_may_spell_its_class_in_another_way(tmp_path, capsys):
     kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
     assert len(data.read_folder(out)) == 7
     assert "believed: of-z-line.jpg, z-line-of-some-clinic" in capsys.readouterr().out
+    (src / "lower-gi-tract").rename(src / "Lower GI tract")
+    polyps = src / "Lower GI tract" / "pathological-findings" / "polyps"
+    polyps.rename(polyps.with_name("Polyps"))
+    kvasir.main(["hyper", "--src", str(src), "--out", str(tmp_path / "other")])
+    found = [{r.name: r.prompts for r in data.read_folder(folder)} for folder in (out, tmp_path / "other")]
+    assert found[0] == found[1]
     for path in list(src.glob("*/*/*")):
         path.rename(path.with_name(f"a-{path.name}"))
     with pytest.raises(BadInput, match="known classes, as polyps or cecum; 8 images of a class that is not "

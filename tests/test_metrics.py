@@ -321,7 +321,21 @@ def test_intervals_hold_the_mean_of_other_sets_of_the_same_size():
                     for m in (15, 60))
     assert wide < narrow < 0
     assert metrics.intervals(figures, *pair(0), resamples=60) == ends[0]
-    assert metrics.intervals(figures, *(x[:10] for x in pair(0))).keys() == {"fid", "precision", "recall"}
+    few = metrics.intervals(figures, *(x[:10] for x in pair(0)))
+    assert {"density", "coverage"}.isdisjoint(few) and "fid" in few
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 4.0])
+def test_an_interval_holds_its_figure_and_stays_in_range(shift):
+    """Where figures saturate, too: no fake near a real, all reals near a fake."""
+    y, x = {"features": normal(100, 4, 1)}, {"features": normal(100, 4, 2, shift=shift)}
+    for fake in (x, y):
+        found = metrics.evaluate(y, fake, resamples=20)
+        ends = [k.removesuffix("_low") for k in found if k.endswith("_low")]
+        assert "fid" in ends
+        for k in ends:
+            assert 0 <= found[f"{k}_low"] <= found[k] <= found[f"{k}_high"], k
+            assert found[f"{k}_low"] < found[f"{k}_high"] <= (1 if k[0] in "prc" else math.inf), k
 
 
 # ---------------------------------------------------------------- KID and Inception Score

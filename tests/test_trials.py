@@ -168,6 +168,9 @@ def test_figures_in_two_spaces_make_no_table(tmp_path):
     with pytest.raises(BadInput, match="in several spaces, which do not compare: classifier, weights f00d; "
                        "inception, weights f00d"):
         ablation.write_tables(arguments(tmp_path))
+    with pytest.raises(BadInput, match="expected the name of a space in each result.json, got None"):
+        trials.one_space("t", ["a", None])
+    assert trials.one_space("t", ["a", "a, weights f00d"]) == "a, weights f00d"  # as older versions name it
     write_json(tmp_path / "seed-0/baseline/metrics.json", {"space": "classifier", "weights": "beef"})
     with pytest.raises(BadInput, match="classifier, weights beef; classifier, weights f00d"):  # replaced
         ablation.write_tables(arguments(tmp_path))
@@ -362,7 +365,9 @@ def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path, capsys):
     rows[0]["fid"] = None
     write_json(tmp_path / "table1.json", {"results": rows})
     assert sweeps.best_prior(tmp_path) == str(tmp_path / "rank-4/run/best")
-    for wrong in ({}, {"results": []}, {"results": [{"cell": "rank-4"}]}, {"results": 1}):
+    for wrong in ({}, {"results": []}, {"results": [{"cell": "rank-4"}]}, {"results": 1},
+                  {"results": [rows[1] | {"fid": "3"}]}, {"results": [rows[1] | {"cell": ["rank-4"]}]},
+                  {"results": [rows[1] | {"val_loss": float("nan")}]}):
         write_json(tmp_path / "table1.json", wrong)
         with pytest.raises(BadInput, match="table1.json: expected the result of table1, with cells"):
             sweeps.best_prior(tmp_path)
