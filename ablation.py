@@ -147,6 +147,7 @@ def prepare(args):
                                               "sampling", "judging")}
     settings["space"] = trials.space_flags(args, "the judge")  # by its hash, if it was given
     prints = {k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")}
+    args.judge_is_data = prints["judge"] == prints["data"]
     return settings | hashes | prints, records[args.real]
 
 
@@ -199,7 +200,7 @@ def write_tables(args):
             if arm != "baseline" and (gap := less_baseline(seeds, baseline))}
     space = trials.one_space(args.out, [trials.space_of(p / "metrics.json") for p in places])
     steps = sorted({r["step"] for r in found})
-    notes = notes_of(args, found, space)
+    notes = notes_of(args, found, space, gaps)
     heads = ["arm", "seeds", *COLUMNS.values()]
     rows = [[arm, len(by_arm[arm]), *(cell_text(means[arm], key, one.get(arm, {})) for key in COLUMNS)]
             for arm in by_arm]
@@ -240,19 +241,20 @@ def cell_text(mean, key, only):
     return f"{trials.number(mean[key][0])} ({trials.number(low)}-{trials.number(high)})"
 
 
-def notes_of(args, found, space):
+def notes_of(args, found, space, gaps):
     """What the figures are of, in sentences."""
     n_seeds = len({r["seed"] for r in found})
     judged = found[0]["n_judged"] if found else 0
     recipe = f"{args.steps} steps instead of the recipe's" if args.steps else "the preset's whole recipe"
     more = f"; further flags of each: {args.training}" if args.training else ""
-    n_gaps = len(COLUMNS) * len({r["arm"] for r in found} - {"baseline"})
+    n_gaps = sum(gap[key][1] is not None for gap in gaps.values() for key in COLUMNS)
+    by_chance = f"; of {n_gaps} such intervals about {0.05 * n_gaps:.1g} would miss 0 by chance"
     notes = [
         f"Trainings: {len(found)}, of {n_seeds} seed{'s' * (n_seeds != 1)}, on {args.data}; {recipe}{more}; "
         "one autoencoder.",
         "± is half of the 95 % interval of the mean by Student's t over the seeds, wide for three. "
         "Differences are of pairs that share seed, data and sampling noise; one whose interval holds 0 shows "
-        f"nothing, and of {n_gaps} such intervals {0.05 * n_gaps:.1g} miss 0 by chance.",
+        f"nothing{by_chance * bool(n_gaps)}.",
         "In brackets, for an arm with one seed: the 95 % over its images, which says nothing of another "
         "training with another seed.",
         "Held-out loss (lower is better): of the best checkpoint on the held-out tenth of the data, with "
@@ -264,7 +266,7 @@ def notes_of(args, found, space):
         f"{args.real}, in the space: {space}. An FID of so few is too large: it compares in this table only. "
         f"Sampling: {args.sampling or 'the defaults of sampler.py'}.",
     ]
-    if args.judge == args.data:
+    if args.judge_is_data:
         notes.append("The judge was trained on the images that the model was trained on: a model that copies "
                      "them looks faithful. Give images of others by --judge.")
     return notes

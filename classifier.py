@@ -87,17 +87,21 @@ def truth_row(attributes: dict) -> list[int]:
 
     A prompt that names places, sizes, colours or types names all of them, so the others are absent.
     """
-    a = dict(attributes)
+    a, contains = dict(attributes), attributes.get("contains", ())
+    shown = "polyp" in contains or bool(a.get("sizes") or a.get("paris"))
+    contradicted = shown and 0 in (a.get("n_polyps"), a.get("n_findings"))
+    if contradicted:
+        a = {k: v for k, v in a.items() if k not in ("n_polyps", "n_findings")}
     if a.get("n_findings") == 0:
         a = {"n_polyps": 0, "abnormality_cells": [], "colors": []} | a
     if a.get("n_polyps") == 0:
         a = {"sizes": [], "paris": []} | a
-    contains = a.get("contains", ())
-    n_polyps, polyp = a.get("n_polyps"), a["n_polyps"] > 0 if "n_polyps" in a else None
-    if "polyp" in contains or a.get("sizes") or a.get("paris"):
-        polyp, n_polyps = (None, None) if n_polyps == 0 else (True, n_polyps)  # 0 would contradict them
+    n_polyps = a.get("n_polyps")
+    polyp = None if n_polyps is None else n_polyps > 0
+    if shown and not contradicted:
+        polyp = True
     some = a["n_instruments"] > 0 if "n_instruments" in a else None
-    if a.get("instrument_cells") or any(prompts.KIND[name] == "instrument" for name in contains):
+    if a.get("instrument_cells") or any(prompts.KIND.get(name) == "instrument" for name in contains):
         some = None if some is False else True
     row = [UNKNOWN] * len(VALUES)
 

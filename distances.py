@@ -143,11 +143,6 @@ def precision_recall(real, fake, k=3) -> tuple[float, float]:
     Faster: distances come from a float32 product, one strip at a time. Wherever its rounding could decide,
     the distance is computed again in float64: a duplicate is at distance 0, and a ball contains its boundary.
     """
-    return tuple(x.double().mean().item() for x in in_balls(real, fake, k))
-
-
-def in_balls(real, fake, k=3):
-    """(which fakes lie in a ball of a real, which reals in one of a fake), bool: precision_recall's terms."""
     real, fake = two_sets(real, fake, least=k + 1)
     ball_real, ball_fake = radii(real, k), radii(fake, k)
     centre = real.mean(0)
@@ -157,7 +152,7 @@ def in_balls(real, fake, k=3):
         d2, slack = squared_distances(*centred(fake[i], centre), small, norm)
         in_real[i] = inside(d2 - ball_real.float(), fake[i], real, ball_real, slack)
         in_fake |= inside((d2 - ball_fake[i, None].float()).T, real, fake[i], ball_fake[i], slack)
-    return in_real, in_fake
+    return tuple(x.double().mean().item() for x in (in_real, in_fake))
 
 
 def density_coverage(real, fake, k=5) -> tuple[float, float]:
@@ -169,12 +164,6 @@ def density_coverage(real, fake, k=5) -> tuple[float, float]:
     Of N reals and M fakes of one distribution density is 1 on average, coverage about 1 - 2^-k if N = M. A
     ball contains its boundary; exact as precision_recall.
     """
-    return tuple(x.double().mean().item() for x in ball_counts(real, fake, k))
-
-
-def ball_counts(real, fake, k=5):
-    """(sum over i of [y_j in B_i] / k of each fake (M,) float64, whether some y_j is in B_i of each real (N,)
-    bool): density_coverage's terms, whose means it is."""
     real, fake = two_sets(real, fake, least=k + 1)
     ball, centre = radii(real, k), real.mean(0)
     small, norm = centred(real, centre)
@@ -190,7 +179,7 @@ def ball_counts(real, fake, k=5):
             within[a, b] = (fake[i[a]].double() - real[b].double()).square().sum(1) <= rim[b]
         counts[i] = within.sum(1).double() / k
         covered |= within.any(0)
-    return counts, covered
+    return counts.mean().item(), covered.double().mean().item()
 
 
 def f1_score(precision, recall) -> float:

@@ -128,9 +128,9 @@ def expect_others(records, folder, known, source, what):
 
     there = set(keys(known))
     n = sum(key in there for key in keys(records))
-    said = f"{folder}: {n} of {len(records)} images are those of {source} {what}"
+    said = f"{folder}: {n} of {len(records)} images are also in {source}, {what}"
     if n > len(records) / 2:
-        raise BadInput(f"{said}; expected other ones")
+        raise BadInput(f"{said}; expected different images")
     if n:
         print(said, file=sys.stderr)
 

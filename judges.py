@@ -59,7 +59,7 @@ JUDGEMENT = {           # keys by which a --json file of each command is known
     "usefulness": ("n_held_out", "attributes"),
     "memorisation": ("near_ratio", "verdict", "flagged", "rows", "pairs"),
 }
-LEARNT = "that the classifier is trained on"
+LEARNT, HELD_OUT = "which the classifier is trained on", "which is held out"
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
     "a polyp": [("polyp", "a polyp")],
@@ -87,7 +87,7 @@ def requested(attributes: dict) -> list[tuple]:
         out.append(("count", count_value(a["n_polyps"])))
     if "polyp" in contains and not none:
         out.append(("polyp", "a polyp"))
-    named = a.get("instrument_cells") or any(prompts.KIND[name] == "instrument" for name in contains)
+    named = a.get("instrument_cells") or any(prompts.KIND.get(name) == "instrument" for name in contains)
     if a.get("n_instruments", bool(named)):
         out.append(("instruments", "some"))
     elif "n_instruments" in a and not named:
@@ -247,7 +247,7 @@ def faithfulness(args):
     real = real_images(args.real, args.held_out, args.size, args.mirror)
     (train, images, labels), (held_out, held_out_images, held_out_labels) = real
     duplicates.expect_others(fake, args.fake, train, args.real, LEARNT)
-    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, "held out")
+    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, HELD_OUT)
     net = classifier_of(args.real, train, images, labels, args)
     own = torch.tensor([not r.mirror for r in train])
     rows, summary, confused, not_judged = report(predict(net, fake_images), targets, labels[own],
@@ -282,14 +282,15 @@ def print_faithfulness(rows, summary, confused, degraded):
     print_table(rows, {"attribute": "attribute"} | columns)
     print()
     print_table(summary, columns)
-    print("\nshare: of the n images whose prompt asks for it, those that the classifier finds it in.\n"
+    print("\nshare: of the n images whose prompt asks for it, those that the classifier finds it in; where\n"
+          "a prompt names several values, the mean over these.\n"
           "sensitivity: the same of held-out real images that show it: what perfect images would score.\n"
           "only: those in which it finds what the prompt asks for and no other value of the attribute:\n"
           "polyps in all cells would have a share of 1. only, real: the same of held-out real images.\n"
           "accuracy: of all held-out real images, those that the classifier judges correctly.\n"
           "chance: the share if these images were dealt to these prompts at random. base rate: of the real\n"
-          "images, those that show it. One image for all prompts may exceed both; where all prompts ask for\n"
-          "the same, there is no chance.\n")
+          "images, those that show it, which one image for all prompts may exceed; its share is its chance.\n"
+          "Where all prompts ask for the same, there is no chance.\n")
     print_table(confused, {"attribute": "attribute", "asked for": "asked for", "n": "n", "found": lambda row:
                            ", ".join(f"{value} {k}" for value, k in row["found"].items())})
     print("\nfound: what the classifier finds where this is asked for, and in how many of the n images.\n")
@@ -336,7 +337,7 @@ def usefulness(args):
     (train, images, labels), (held_out, test_images, test_labels) = real
     fake, fake_images, fake_labels = labelled(data.read_folder(args.fake), args.fake, args.size)
     duplicates.expect_others(fake, args.fake, train, args.real, LEARNT)
-    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, "held out")
+    duplicates.expect_others(fake, args.fake, held_out, args.held_out or args.real, HELD_OUT)
     on_all = classifier_of(args.real, train, images, labels, args)
     rng = random.Random(args.seed)
     n, n_facts = min(len(train), len(fake)), max(

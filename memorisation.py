@@ -49,15 +49,16 @@ def memorisation(args):
         raise BadInput(f"expected at least 2 training images and {FEWEST} held out, got {len(train)} "
                        f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
     if args.held_out:
-        duplicates.expect_others(image_records(args.fake), args.fake, held_out, args.held_out, "held out")
+        duplicates.expect_others(image_records(args.fake), args.fake, held_out, args.held_out,
+                                 "which is held out")
     images, train = data.load_images(train, args.size, total=total)
     held_out_images, held_out = data.load_images(held_out, args.size, total=total)
     fake_images, fake = data.load_images(image_records(args.fake), args.size)
     named, found, radius = distances(images, held_out_images, fake_images, args)
-    if (found["held-out real"][0] == 0).float().mean() >= 0.01:
-        raise BadInput(f"{args.held_out or args.train}: expected held-out images other than those to "
-                       "train on, 1 % and more are the same")
     rows, near, near_ratio = rows_of(found, radius, args.seed)
+    if near == 0 or (found["held-out real"][0] == 0).float().mean() >= 0.01:
+        raise BadInput(f"{args.held_out or args.train}: expected held-out images other than those to "
+                       "train on, about 1 % and more are the same")
     limit, frames, *tested = copy_limit(held_out_images, images, args.device, args.seed)
     if len(held_out) - len(frames) < FEWEST:
         raise BadInput(f"{args.held_out or args.train}: {len(frames)} of {len(held_out)} held-out images "
@@ -211,7 +212,7 @@ def verdict(generated, real, altered, n_copies):
         return "cannot tell: not even altered copies stand out in these features"
     if p < 0.05:
         return (f"SUSPICIOUS: more generated images are too close than held-out ones (Fisher's exact test: "
-                f"p = {p:.2g}); too few are held out to be sure")
+                f"p = {p:.2g}), not by enough to be sure")
     if n < FEWEST:
         return (f"cannot tell: {n} image{'s' * (n > 1)}, expected at least {FEWEST}; the share that is too "
                 f"close may be anything from {generated['low']:.2f} to {generated['high']:.2f}")

@@ -363,7 +363,8 @@ def parse(argv):
     parser.add_argument("--kid-subset-size", type=int,
                         help="images in each of 100 random subsets; unset, whole sets")
     parser.add_argument("--bootstrap", type=int, default=100,
-                        help="resamples of each 95 %% interval, 20 or more; 0: none, which saves time")
+                        help="resamples of each 95 %% interval, 20 or more: random halves of the images, of "
+                             "imageclef2025 a bootstrap of prompts; 0: none, which saves time")
     parser.add_argument("--real-stats", type=Path,
                         help="file of the real features, written if absent, else read")
     parser.add_argument("--cache", type=Path,

@@ -370,9 +370,10 @@ def faithfulness_section(found):
             command("judges.py", "faithfulness", "--real", "REAL", "--fake", fake_folder(found), "--json",
                     found.run / "faithfulness.json")))
     path, values = found.faithfulness
-    charts = [chart for key, name in (("summary", "in short"), ("values", "value by value"))
-              for chart in share_charts(path, values, key, name)]
     dealt = all("base_rate" in r for r in rows_of(path, values, "values"))  # none in older files
+    marks = MARKS | ({} if dealt else {"chance": "real images that show it"})
+    charts = [chart for key, name in (("summary", "in short"), ("values", "value by value"))
+              for chart in share_charts(path, values, key, name, marks)]
     protocol = (f"{shown(values.get('n_fake'))} generated images of {values.get('fake')}. The judge is a "
                 f"classifier trained on {shown(values.get('n_train'))} images of {values.get('real')}, "
                 f"{shown(values.get('n_held_out'))} held out, {shown(values.get('size'))} px, "
@@ -386,11 +387,11 @@ def faithfulness_section(found):
                    paragraph(rare, "note") if rare else "", everything(path, values))
 
 
-def share_charts(path, values, key, name, most=10):
+def share_charts(path, values, key, name, marks, most=10):
     """Figures of about ten bars each; a row without a share has none."""
     rows = []
     for r in rows_of(path, values, key, *SHARE):
-        r = r | {k: number(path, r, k) for k in (*SHARE[1:], *MARKS)}
+        r = r | {k: number(path, r, k) for k in (*SHARE[1:], *marks)}
         if all(r[k] is not None for k in SHARE):
             label = " ".join(str(r[k]) for k in ("attribute", "asked for") if k in r)
             note = f"{r['share']:.2f} ({r['low']:.2f}–{r['high']:.2f}), n = {r['n']}"
@@ -398,7 +399,7 @@ def share_charts(path, values, key, name, most=10):
     caption = f"Share of images that show what their prompt asks for, {name}, with 95 % intervals (Wilson)."
     n = -(-len(rows) // most)
     parts = [rows[i * len(rows) // n:(i + 1) * len(rows) // n] for i in range(n)]
-    return [figure(bars(f"faith-{key}-{i}", caption, part, "share of images", MARKS), caption)
+    return [figure(bars(f"faith-{key}-{i}", caption, part, "share of images", marks), caption)
             for i, part in enumerate(parts)]
 
 

@@ -104,6 +104,8 @@ def claimed(out, settings):
             if old[k] != settings[k]:
                 raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings[k]!r}; "
                                f"give another --out, or, if no result is of the first, mend {file}")
+        if settings.keys() - old.keys():
+            write_json(file, old | settings)
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
         yield

@@ -192,7 +192,7 @@ def test_a_classifier_s_file_says_what_it_has_seen(tmp_path):
     real, other, fake = (write_counts(tmp_path / name, rng, np.arange(24) % 4)
                          for name in ("real", "other", "fake"))
     for flags in ({"held_out": real, "fake": other}, {"held_out": other, "fake": real}):
-        with pytest.raises(BadInput, match="real: 24 of 24 images are those of .*real that the classifier"):
+        with pytest.raises(BadInput, match="real: 24 of 24 images are also in .*real, which the classifier"):
             run("faithfulness", real=real, **flags, classifier=file, steps=1)
     run("faithfulness", real=real, held_out=other, fake=fake, classifier=file, steps=1)
     seen = load_safetensors(file)[1]["seen"]["count"]
@@ -300,7 +300,9 @@ def test_a_drawing_tells_everything():
 def test_what_prompts_contradict_is_unknown(said, attribute):
     for order in (said, said[::-1]):
         assert set(known(classifier.truth_row(classifier.merge(order)), attribute).values()) == {UNKNOWN}
-    row = classifier.truth_row({"contains": ["tube", "polyp"]})
+    row = classifier.truth_row({"n_findings": 0, "contains": ["polyp"]})
+    assert set(row) == {UNKNOWN}                            # not: no polyp anywhere, of no colour
+    row = classifier.truth_row({"contains": ["tube", "polyp", "hemorrhoids"]})
     assert known(row, "instruments")["some"] == 1 and known(row, "polyp")["a polyp"] == 1
 
 
@@ -322,7 +324,7 @@ def test_unknown_labels_do_not_count_in_the_loss():
     ({"abnormality_cells": ["center", "lower-left"]}, [("place", "center"), ("place", "lower-left")]),
     ({"box": False, "text": True}, [("box", "without"), ("text", "with")]),
     ({"landmark_cells": ["center"]}, []),
-    ({"contains": ["biopsy forceps"]}, [("instruments", "some")]),
+    ({"contains": ["biopsy forceps"]}, [("instruments", "some")]), ({"contains": ["hemorrhoids"]}, []),
     ({"n_instruments": 0, "contains": ["tube"]}, []), ({"n_instruments": 0}, [("instruments", "none")]),
     ({"n_polyps": 0, "contains": ["polyp"]}, []), ({"n_polyps": 0, "sizes": ["< 5mm"]}, [("size", "< 5mm")]),
 ])
@@ -632,7 +634,7 @@ def test_generated_images_that_are_held_out_are_refused(toy, tmp_path, command):
         data.open_image(record.path).save(tmp_path / "images" / record.name, compress_level=1)
     (tmp_path / "prompt-gt.csv").write_bytes((toy / "other/prompt-gt.csv").read_bytes())
     real = "train" if command == "memorisation" else "real"
-    with pytest.raises(BadInput, match="100 of 100 images are those of .*other held out; expected"):
+    with pytest.raises(BadInput, match="100 of 100 images are also in .*other, which is held out; exp"):
         run(command, **{real: toy / "real"}, held_out=toy / "other", fake=tmp_path)
 
 

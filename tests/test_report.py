@@ -203,7 +203,9 @@ def test_the_tasks_figures_are_said_to_be_of_other_images(folder):
 
 def test_chance_is_named_as_the_file_has_it(folder):
     make_results()
-    assert "Diamond: the share of real images that show it." in Page(page()).text
+    found = Page(page()).text
+    assert "Diamond: the share of real images that show it." in found
+    assert found.count(" real images that show it") == 1 + 2  # and in the legends of two figures
     rows = {key: [r | {"base_rate": 0.2} for r in FAITHFULNESS[key]] for key in ("values", "summary")}
     write(folder / "runs/a/faith.json", FAITHFULNESS | rows)
     assert "Diamond: chance, what the same images would have if they were dealt" in Page(page()).text
