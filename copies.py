@@ -13,6 +13,8 @@ All pairs would take hours. Of each image only the SHORTLIST most similar origin
 found by the correlation of 12 x 12 means, each of 4 x 4 px, in all 8 forms at every second pixel of shift.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -88,11 +90,12 @@ def repeats(images, device="cpu"):
 
     Images whose correlation is below CORRELATION are not aligned: shifted and mirrored ones have at least
     0.79, nineteen of twenty unrelated ones below 0.71, of phantoms and of Kvasir-SEG. Of each group that is
-    found one image stays, and these are compared anew: a group may be larger than a shortlist.
+    found one image stays, and these are compared anew: a group may be larger than a shortlist. Takes n^2:
+    1,500 images 21 s of one core.
     """
-    first = {}
+    first, alone = {}, 0
     for k, x in enumerate(images):
-        first.setdefault(x.numpy().tobytes(), k)
+        first.setdefault(hashlib.sha256(x.numpy().tobytes()).digest(), k)
     left = images[list(first.values())]
     while len(left) > 1:
         links, short = [], shortlist(left, left, device, others=True)
@@ -104,8 +107,10 @@ def repeats(images, device="cpu"):
             break
         graph = coo_array((np.ones(len(links), bool), np.array(links).T), shape=(len(left),) * 2)
         label = connected_components(graph, directed=False)[1]
-        left = left[np.unique(label, return_index=True)[1]]
-    return len(images) - len(left)
+        _, at, size = np.unique(label, return_index=True, return_counts=True)
+        alone += int((size == 1).sum())
+        left = left[at[size > 1]]
+    return len(images) - alone - len(left)
 
 
 def canvas(images):

@@ -100,9 +100,9 @@ def claimed(out, settings):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not (is_new := create_json(file, settings)):
         old = read_json(file)
-        for k in sorted(old.keys() & settings.keys()):  # what it lacks, its version did not know
-            if old[k] != settings[k]:
-                raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings[k]!r}; "
+        for k in sorted(old):  # what it lacks, its version did not know
+            if old[k] != settings.get(k):
+                raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings.get(k)!r}; "
                                f"give another --out, or, if no result is of the first, mend {file}")
         if settings.keys() - old.keys():
             write_json(file, old | settings)

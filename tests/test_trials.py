@@ -87,6 +87,11 @@ def test_a_folder_belongs_to_one_experiment_and_a_cell_is_made_once(tmp_path):
     claim("a", steps=20)
     with pytest.raises(BadInput, match="a: holds results of steps=20, now steps=30; give another --out"):
         claim("a", steps=30)
+    with pytest.raises(BadInput, match="a: holds results of steps=20, now steps=None"):
+        claim("a", space="x")                               # another experiment, which has no steps
+    claim("a", steps=20, space="x")                         # what an older version did not know is kept now
+    with pytest.raises(BadInput, match="a: holds results of space='x', now space='y'"):
+        claim("a", steps=20, space="y")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/mine.txt").touch()
     with pytest.raises(BadInput, match="b: not empty and without settings.json"):
