@@ -2,8 +2,12 @@
 
 Features are those of a medical image encoder, ENCODER at the organisers': the state of its CLS token, at unit
 length. Prompts come in pairs, a prompt and a paraphrase, with several images each. A figure is a mean over
-prompts or pairs, and how many of them it could be computed of stands beside it. Where the organisers'
-description leaves a choice, the function says which is ours.
+prompts or pairs, and how many of them it could be computed of stands beside it.
+
+The organisers' public script exists in versions that differ: one brings states to unit length as here,
+another takes Frechet distances of them as they are, which are far larger. Its fidelity is a mean over pairs
+of 100 / (1 + (d_1 + d_2) / 2), which is at most ours (Jensen), and its images go to the encoder's own
+processor as they are, here padded to one side before. Agreement and diversity are as here.
 """
 
 from command import BadInput
@@ -17,6 +21,7 @@ from distances import as_features, fid, mean_interval
 
 ENCODER = "ikim-uk-essen/BiomedCLIP_ViT_patch16_224"
 LEAST = 2  # images of a prompt that a covariance, or a distance between them, needs
+FEW = 5    # prompts or pairs that a bootstrap needs: the interval of two would be the two themselves
 
 # The figures, of features (n, d) at unit length by prompt
 
@@ -33,15 +38,15 @@ def fidelity(real: dict, fake: dict) -> torch.Tensor:
 def agreement(fake: dict, pairs) -> torch.Tensor:
     """Mean cosine similarity of the images of a prompt with those of its paraphrase, of each pair: (pairs,).
 
-    1 / (m n) sum over x_i, y_j of x_i . y_j, with all m images x_i of the one and n images y_j of the other
-    (ours), which is the product of the means, mean(x) . mean(y). float64 in [-1, 1].
+    1 / (m n) sum over x_i, y_j of x_i . y_j, with all m images x_i of the one and n images y_j of the other,
+    which is the product of the means, mean(x) . mean(y). float64 in [-1, 1].
     """
     found = [fake[a].mean(0) @ fake[b].mean(0) for a, b in pairs if a in fake and b in fake]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
 def diversity(fake: dict) -> torch.Tensor:
-    """Mean Euclidean distance (ours) between two images of a prompt, of each prompt with LEAST: (prompts,).
+    """Mean Euclidean distance between two images of a prompt, of each prompt with LEAST: (prompts,).
 
     2 / (n (n - 1)) sum over i < j of |x_i - x_j|. float64 from 0, all images the same, to 2.
     """
@@ -52,8 +57,8 @@ def diversity(fake: dict) -> torch.Tensor:
 def evaluate(real, fake, groups, resamples=0) -> dict:
     """Every figure of features (n, d) of any length; groups: what read_groups returns.
 
-    NAME_low and NAME_high are 95 % intervals over prompts or pairs, n_NAME is the number of these. A figure
-    that no prompt allows is absent.
+    NAME_low and NAME_high are 95 % intervals over prompts or pairs where there are FEW, n_NAME is the number
+    of these. A figure that no prompt allows is absent.
     """
     pairs, real_rows, fake_rows = groups
     real, fake = (F.normalize(as_features(x, name, LEAST).double(), dim=1)
@@ -66,7 +71,7 @@ def evaluate(real, fake, groups, resamples=0) -> dict:
         out[f"n_{name}"] = len(values)
         if len(values):
             out[name] = values.mean().item()
-        if len(values) and resamples:
+        if len(values) >= FEW and resamples:
             out[f"{name}_low"], out[f"{name}_high"] = mean_interval(values, resamples)
     return out
 

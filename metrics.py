@@ -275,8 +275,9 @@ NOTES = {
         "FIDs of the pooled features (--protocol fid); they used Keras' weights, these are torchvision's",
     ],
     "imageclef2025": [
-        f"the protocol of 2025, there with features of {imageclef.ENCODER}:",
-        "figures of another space are not comparable with the organisers'",
+        f"the protocol of 2025, there with features of {imageclef.ENCODER}; figures of",
+        "another space are not comparable with the organisers', nor are theirs of versions of their script",
+        "that do not bring features to unit length (imageclef.py)",
     ],
 }
 OTHER_SPACE = "figures of this space are comparable neither with those of another one nor with published FIDs"
