@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, log_lines, run, start, torchrun
+from helpers import ROOT, log_lines, run, start, tiny_msdm, torchrun
 from PIL import Image
 from resume_after_kill import kill_at, run_whole
 
@@ -100,6 +100,16 @@ def test_self_conditioning_and_dropout_are_the_presets_unless_flags_say_otherwis
     assert given == preset | {"self_conditioning": True, "dropout": 0.1}
     assert (preset["self_conditioning"], preset["dropout"]) == (False, 0.0)
     assert msdm.TRAINING["paper"]["self_conditioning"] and msdm.TRAINING["paper"]["dropout"] == 0.1
+
+
+def test_the_preset_paper_is_the_papers_training():
+    for training in (msdm.TRAINING["paper"], vae.TRAINING["paper"]):
+        assert (training["size"], training["lr"], training["muon_lr"]) == (256, 1e-4, 0)  # AdamW for all
+        assert training["jitter"] == 0.4
+    unet = msdm.TRAINING["paper"]
+    assert (unet["steps"], unet["batch_size"], unet["p_uncond"]) == (100_000, 64, 0.2)
+    assert (unet["text_encoder"], unet["loss"]) == ("openai/clip-vit-large-patch14", "l1")
+    assert tiny_msdm().defaults["steps"] == 150
 
 
 @pytest.mark.parametrize("script", ["vae.py", "msdm.py"])

@@ -470,6 +470,11 @@ def test_seeds_split_differently_and_fraction_zero_keeps_all():
         data.split(records, 1.0)
 
 
+def test_a_tenth_of_the_images_is_held_out():
+    records = [Record(Path(str(i)), str(i), []) for i in range(2000)]
+    assert [len(part) for part in data.split(records, groups=[])] == [1800, 200]  # as in the paper
+
+
 def test_a_group_shares_a_side():
     records = [Record(Path(str(i)), str(i), []) for i in range(60)]
     groups = [list(range(i, 60, 12)) for i in range(12)]
