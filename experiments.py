@@ -40,15 +40,13 @@ INSTRUCTION = ("Rewrite this request for an endoscopic image in other words. Kee
 
 
 class LanguageModel:
-    """Rewrites a prompt by a causal language model of transformers, from a folder or the hub."""
+    """Rewrites a prompt by a causal language model of transformers in a folder."""
 
-    def __init__(self, name, device):
+    def __init__(self, folder, device):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        dtype = fast_dtype(device)
-        self.folder = fetch(name, dtype)
-        self.tokenizer = load_transformer(AutoTokenizer, self.folder, pads=False)
-        self.model = load_transformer(AutoModelForCausalLM, self.folder, dtype).to(device)
+        self.tokenizer = load_transformer(AutoTokenizer, folder, pads=False)
+        self.model = load_transformer(AutoModelForCausalLM, folder, fast_dtype(device)).to(device)
 
     @torch.inference_mode()
     def answers(self, prompt, n, seed):
@@ -135,17 +133,18 @@ def paraphrase(args):
     data.check_writable(out=out)
     own, known = prompts_to_say(args.data)
     settings = {"prompts": text_hash(*own), "per_prompt": args.per_prompt, "seed": args.seed, "model": None}
-    model = None
     if args.model:
-        model = LanguageModel(args.model, training.own_device(args.device))
-        settings["model"] = folder_hash(model.folder)
+        device = training.own_device(args.device)
+        folder = fetch(args.model, fast_dtype(device))
+        settings["model"] = folder_hash(folder)
     rows, beside = rows_so_far(out, settings), out.with_suffix(".json")
     if not beside.exists():
         create_json(beside, settings)
     remove_unfinished(out.parent, out.name, beside.name)
     done, taken, asked = {prompt for prompt, _ in rows}, own.keys() | {p for _, p in rows}, 0
-    before = len(rows)
-    for prompt in tqdm([p for p in known if p not in done], "paraphrases", disable=None):
+    before, left = len(rows), [p for p in known if p not in done]
+    model = LanguageModel(folder, device) if args.model and left else None
+    for prompt in tqdm(left, "paraphrases", disable=None):
         more = args.per_prompt, args.seed, taken
         new, n = of_model(model, prompt, *more) if model else of_grammar(prompt, *more)
         asked += n
