@@ -13,7 +13,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import classifier
 import data
+import judges
+import msdm
+import sampler
 import spaces
 import trials
 import vae
@@ -36,8 +40,9 @@ ARMS = {  # what differs from the baseline
     "paraphrases-replace": {"strategy": "replace", "mix-p": None},
 }
 # What an arm gives itself, so that the further flags of each cannot.
-OWN = {"training": ("--preset", "--data", "--vae", "--init", "--paraphrases", "--seed", "--out", "--steps",
-                    "--minutes", "--no-self-conditioning", *(f"--{name}" for name in OFF)),
+OWN = {"training": ("--preset", "--data", "--captions", "--vae", "--init", "--from-run", "--paraphrases",
+                    "--seed", "--out", "--steps", "--minutes", "--no-self-conditioning",
+                    *(f"--{name}" for name in OFF)),
        "sampling": ("--ckpt", "--prompt", "--prompts", "-n", "--seed", "--out"),
        "judging": ("--real", "--fake", "--classifier", "--json")}
 SAMPLING = {"tiny": "--solver dpmpp --steps 20", "demo": "--solver dpmpp --steps 20", "paper": ""}
@@ -75,11 +80,17 @@ def write_prompts(file, records, n):
     write_csv(file, ["Prompt"], rows[:n])
 
 
+def training_flags(args, arm, seed, folder):
+    """Those of msdm.py that the experiment gives itself, OWN."""
+    return ["--preset", args.preset, "--data", args.data, "--vae", args.vae, "--paraphrases",
+            args.paraphrases, *flags_of(arm), "--seed", seed, "--out", folder / "run",
+            *trials.given("--steps", args.steps)]
+
+
 def make_arm(args, arm, seed, folder):
     """Train, sample and judge one arm with one seed; returns its figures."""
-    trials.run("msdm.py", "--preset", args.preset, "--data", args.data, "--vae", args.vae, "--paraphrases",
-               args.paraphrases, *flags_of(arm), "--seed", seed, "--out", folder / "run",
-               *trials.given("--steps", args.steps), *trials.words_of("--training", args.training))
+    trials.run("msdm.py", *training_flags(args, arm, seed, folder),
+               *trials.words_of("--training", args.training))
     result = {"arm": arm, "seed": seed}
     line = trials.validation(folder / "run", "val_loss_paraphrases")
     result |= {"step": line["step"], "loss": line["val_loss"],
@@ -111,12 +122,31 @@ def make_vae(args, folder):
     return trials.validation(folder)
 
 
-def check_files(args):
-    """BadInput for files of the flags that a later command would refuse, hours later."""
+def check_strings(args):
+    """BadInput for further flags that their command would refuse, hours later; returns those of the judge."""
+    trained = trials.parsed("--training", args.training, OWN["training"], msdm.parse,
+                            *training_flags(args, "baseline", 0, args.out))
     if args.vae:
-        vae.load(args.vae)
+        msdm.check_size(trained, vae.load(args.vae))
+    elif trained.size != (size := vae.TRAINING[args.preset]["size"]):
+        raise BadInput(f"--training {args.training!r}: the autoencoder is trained at {size} px; give one of "
+                       f"{trained.size} px by --vae")
+    trials.parsed("--sampling", args.sampling, OWN["sampling"], sampler.parse, "--ckpt", "best.safetensors",
+                  "--out", args.out)
+    return trials.parsed("--judging", args.judging, OWN["judging"], judges.parse, "faithfulness", "--real",
+                         args.judge, "--fake", args.out)
+
+
+def check_files(args, judging):
+    """BadInput for files of the flags that a later command would refuse, hours later."""
+    if judging.held_out or args.classifier:
+        (records, *_), _ = judges.real_images(args.judge, judging.held_out, judging.size, judging.mirror)
     if args.classifier:
         spaces.load(f"classifier:{args.classifier}")
+        made_of, ours = classifier.made_from(args.judge, records, judging)
+        if other := classifier.other_than(made_of, args.classifier):
+            raise BadInput(f"{args.classifier}: holds a classifier of {other}; --judge and --judging need "
+                           f"one of {ours}")
     if args.paraphrases:
         check_paraphrases(args)
     trials.check_space(args)
@@ -135,13 +165,12 @@ def prepare(args):
     args.judge = args.judge or args.real
     if args.sampling is None:
         args.sampling = SAMPLING[args.preset]
-    for flag, own in OWN.items():
-        trials.words_of(f"--{flag}", getattr(args, flag), own)
+    judging = check_strings(args)
     if args.images < 10:
-        raise BadInput(f"--images {args.images}: expected 10 or more, as metrics.py does")
+        raise BadInput(f"--images {args.images}: expected 10 or more")
     files = ("vae", "paraphrases", "classifier")
     hashes = {k: getattr(args, k) and file_hash(getattr(args, k)) for k in files}
-    check_files(args)
+    check_files(args, judging)
     records = {folder: data.read_folder(folder) for folder in {args.data, args.real, args.judge}}
     settings = {k: getattr(args, k) for k in ("preset", "steps", "images", "per_value", "training",
                                               "sampling", "judging")}

@@ -294,25 +294,35 @@ def predict(net, images, batch_size=128):
     return predicted
 
 
+def made_from(folder, records, args):
+    """What a classifier of these images is made of: (metadata of its file, the same in words)."""
+    attributes = Path(folder) / "attributes.jsonl"
+    attributes_hash = file_hash(attributes) if attributes.is_file() else ""
+    key = text_hash(data.fingerprint(records), attributes_hash, args.size, args.steps, args.seed)
+    return {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES], "key": key}, (
+        f"{len(records)} images of {folder}, {args.size} px, {args.steps} steps, seed {args.seed}, key {key}")
+
+
+def other_than(made_of, file):
+    """What the classifier in a file was made from, in words; None if it is what made_from returns."""
+    metadata = load_metadata(file)
+    if made_of.items() <= metadata.items():
+        return None
+    return metadata.get("trained_on", f"other data, steps or seed, key {metadata.get('key')}")
+
+
 def classifier_of(folder, records, images, labels, args):
     """The classifier of these images: read from its file if the key is equal, else trained and saved.
 
     Another one in a file that the user named is BadInput; in the default file it is replaced.
     """
     file = args.classifier or default_file(folder, args.size)
-    attributes = Path(folder) / "attributes.jsonl"
-    attributes_hash = file_hash(attributes) if attributes.is_file() else ""
-    made_of = {"kind": "judge", "size": args.size, "values": [list(v) for v in VALUES],
-               "key": text_hash(data.fingerprint(records), attributes_hash, args.size, args.steps, args.seed)}
-    ours = (f"{len(records)} images of {folder}, {args.size} px, {args.steps} steps, seed {args.seed}, "
-            f"key {made_of['key']}")
+    made_of, ours = made_from(folder, records, args)
     if Path(file).is_file():
-        metadata = load_metadata(file)
-        if made_of.items() <= metadata.items():
+        if (other := other_than(made_of, file)) is None:
             net = load_state(Classifier(args.size), load_safetensors(file)[0], file)
             print(f"classifier: read from {file}")
             return net.to(args.device, memory_format=torch.channels_last).eval()
-        other = metadata.get("trained_on", f"other data, steps or seed, key {metadata.get('key')}")
         if args.classifier:
             raise BadInput(f"{file}: holds a classifier of {other}; this run needs one of {ours}; name "
                            "another file with --classifier")

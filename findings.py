@@ -17,6 +17,7 @@ from files import file_hash, read_json
 from judges import JUDGEMENT
 from metrics import RESULT
 from runfolder import read_log
+from tables import is_number
 
 KEYS = {"metrics": RESULT} | {k: JUDGEMENT[k] for k in ("faithfulness", "memorisation")}
 
@@ -170,11 +171,6 @@ def find_results(folders, failures):
                 if value.keys() >= set(keys):
                     found[kind].append((path, value))
     return found
-
-
-def is_number(value):
-    """A finite number that a chart can place. A comparison, since an int of 400 digits is no float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def number(path, values, key):

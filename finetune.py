@@ -501,16 +501,21 @@ def parse(argv):
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in parsers:
         words = [words[0], *training.repeated(parsers[words[0]], words[1:])]
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if args.network in parsers:
+        training.check_flags(args)
+        if getattr(args, "epochs", None) is not None and "steps" in args:
+            raise BadInput(f"--steps {args.steps}: --epochs {args.epochs:g} says how long; leave one of them "
+                           "out")
+        if getattr(args, "decoder_lora", None) and not args.decoder:
+            raise BadInput("--decoder-lora: expected --decoder FOLDER too, the decoder that it belongs to")
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
     if args.network in ("convert", "merge"):
         return (convert if args.network == "convert" else merge)(args)
-    training.check_flags(args)
-    if getattr(args, "epochs", None) is not None and "steps" in args:
-        raise BadInput(f"--steps {args.steps}: --epochs {args.epochs:g} says how long; leave one of them out")
     if not args.init:
         training.fill_defaults(args, lora.FLAGS | {"rank": RANKS[args.network]})
     if args.network == "msdm":
@@ -522,8 +527,6 @@ def main(argv=None):
         msdm.check_flags(args)
     else:
         training.fill_defaults(args, TRAINING[args.network])
-        if getattr(args, "decoder_lora", None) and not args.decoder:
-            raise BadInput("--decoder-lora: expected --decoder FOLDER too, the decoder that it belongs to")
     train(args)
 
 

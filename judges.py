@@ -412,7 +412,7 @@ def balanced_rows(fit, tests):
 # Command line
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -460,6 +460,11 @@ def main(argv=None):
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
         check_range(args, -2**63, 2**64 - 1, "seed")
     at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     data.check_writable(**{name: getattr(args, name, None) for name in ("out", "json", "sheet")})
     check_outputs(args)
     for name in ("real", "train", "held_out", "fake"):

@@ -551,7 +551,7 @@ def check_flags(args):
         raise BadInput(f"--sample-steps {args.sample_steps}: the schedule has {T} times")
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Train MSDM's U-Net in the latents of a trained VAE. "
                                                  "Values in brackets are those of the presets.")
@@ -580,7 +580,11 @@ def main(argv=None):
     training.fill_defaults(args, TRAINING[args.preset] | own)
     check_flags(args)
     selection.check_flags(args)
-    train(args)
+    return args
+
+
+def main(argv=None):
+    train(parse(argv))
 
 
 if __name__ == "__main__":

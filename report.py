@@ -25,7 +25,7 @@ from PIL import ImageStat
 import data
 import prompts
 from files import check_replaced, replacing
-from findings import gather, is_number, number, read_samples, rows_of
+from findings import gather, number, read_samples, rows_of
 from judges import requested
 from page import (
     bars,
@@ -43,6 +43,7 @@ from page import (
     table,
 )
 from pixels import open_image
+from tables import is_number
 
 MARK = "made by report.py"
 # What is shown of more, so that a page stays below 5 MB: sheets, kinds of prompts, prompts in all, images of
@@ -497,8 +498,9 @@ def failures_section(found):
         if last["val_loss"] > best["val_loss"]:
             lines.append(f"The held-out loss rose again, from {best['val_loss']:.4g} at step {best['step']:,}"
                          f" to {last['val_loss']:.4g} at step {last['step']:,}.")
-    if skipped := sum("grad_norm" in line and "loss" not in line for line in found.log):
-        lines.append(f"{skipped} logged steps had no finite loss and were left out.")
+    if skipped := sum("lr" in line and not {"loss", "grad_norm"} <= line.keys() for line in found.log):
+        lines.append(f"{skipped} logged steps had no finite loss or gradient and were left out, as float16 "
+                     "does.")
     steps, target = found.log[-1]["step"] if found.log else 0, found.settings.get("steps")
     if isinstance(target, int) and steps < target:
         lines.append(f"The run stands at step {steps:,} of {target:,}: it was stopped, or goes on.")

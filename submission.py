@@ -14,11 +14,13 @@ from pathlib import Path
 import data
 import inception
 import msdm
+import sampler
 import trials
 from classifier import default_file
-from files import check_replaced, file_hash, read_json, replacing
+from files import check_replaced, file_hash, read_json, replacing, text_hash
 from metrics import SOFTMAX
 from pixels import open_image
+from tables import is_number
 
 MADE_BY = b"experiments.py submission"  # the comment of its zip files
 OWN = ("--ckpt", "--prompt", "--prompts", "-n", "--out")  # what sampler.py gets here, and --sampling cannot
@@ -123,7 +125,7 @@ def measures_of(args):
 def table3(args):
     """Checkpoints, or folders of images, by the official protocol of 2024."""
     args.out = Path(args.out)
-    trials.words_of("--sampling", args.sampling, OWN)
+    trials.parsed("--sampling", args.sampling, OWN, sampler.parse, "--ckpt", args.ckpts[0], "--out", args.out)
     folders = {source: args.out / name_of(source) for source in args.ckpts}
     if taken := [source for source in folders if name_of(source) in ("", "cache")]:
         raise BadInput(f"{taken[0]}: expected a path with a name, and another one than cache")
@@ -134,7 +136,7 @@ def table3(args):
             raise BadInput(f"{source}: no such file, expected a checkpoint or a folder of sampler.py")
     args.measures = measures_of(args)
     settings = {"data": data.fingerprint(data.read_folder(args.data)), "sampling": args.sampling,
-                "prompts": data.read_prompts(args.prompts), "measures": args.measures}
+                "prompts": text_hash(*data.read_prompts(args.prompts)), "measures": args.measures}
     with trials.claimed(args.out, settings):
         for source, folder in folders.items():
             made = trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
@@ -155,7 +157,7 @@ def write_table(args):
                            "table3; the folder is to hold nothing else")
         for name in args.measures:
             if wrong := [k for k, v in r[name].items() if k not in ("space", "weights")
-                         and v is not None and not trials.is_finite(v)]:
+                         and v is not None and not is_number(v)]:
                 raise BadInput(f"{args.out}: the result.json of {r['source']}: expected {name}, {wrong[0]}, "
                                f"a finite number, got {r[name][wrong[0]]!r:.60}")
     for name in args.measures:

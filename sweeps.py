@@ -12,8 +12,11 @@ from pathlib import Path
 
 import adapters
 import data
+import finetune
+import sampler
 import trials
-from files import load_safetensors, read_json, text_hash
+from files import folder_hash, load_safetensors, read_json, text_hash
+from tables import is_number
 
 RANKS = (4, *range(8, 65, 8), 128)
 VARIED = 32
@@ -23,21 +26,33 @@ CELLS = {f"rank-{r}": ["--rank", r] for r in RANKS} | {
     name: ["--rank", VARIED, *flags] for name, flags in VARIANTS.items()}
 STAGE_1 = {"rank": 32, "epochs": 40}
 # What a cell gives itself, so that the further flags of each cannot.
-OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--cache", "--out", "--shown", "--rank",
-                    "--alpha", "--dora", "--rslora", "--steps", "--epochs", "--minutes"),
+OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--captions", "--from-run", "--cache",
+                    "--out", "--shown", "--rank", "--alpha", "--dora", "--rslora", "--steps", "--epochs",
+                    "--minutes"),
        "sampling": ("--ckpt", "--decoder", "--prior-lora", "--decoder-lora", "--prompt", "--prompts",
                     "--out")}
 METRICS = ("fid", "precision", "recall")
 FIGURES = ("rank", "alpha", "parameters", "val_loss")
 
 
-def train(args, network, flags, folder, epochs=None):
-    """Train an adapter of a network into folder; returns its trainable parameters and validation loss."""
+def training_flags(args, network, flags, folder, epochs=None):
+    """Those of finetune.py that the experiment gives itself, OWN."""
     models = {"prior": args.prior, "decoder": args.decoder}
     other = "decoder" if network == "prior" else "prior"
     length = ["--steps", args.steps] if args.steps else ["--epochs", epochs or args.epochs]
-    trials.run("finetune.py", network, "--model", models[network], f"--{other}", models[other], "--data",
-               args.data, "--cache", args.out / "cache", *flags, *length, "--out", folder, "--shown", 0,
+    return [network, "--model", models[network], f"--{other}", models[other], "--data", args.data, "--cache",
+            args.out / "cache", *flags, *length, "--out", folder, "--shown", 0]
+
+
+def sampling_flags(args, prior_lora, decoder_lora, images):
+    """Those of sampler.py, likewise."""
+    return ["--ckpt", args.prior, "--decoder", args.decoder, "--prior-lora", prior_lora, "--decoder-lora",
+            decoder_lora, "--prompts", args.prompts, "--out", images]
+
+
+def train(args, network, flags, folder, epochs=None):
+    """Train an adapter of a network into folder; returns its trainable parameters and validation loss."""
+    trials.run("finetune.py", *training_flags(args, network, flags, folder, epochs),
                *trials.words_of("--training", args.training))
     tensors, _ = load_safetensors(folder / "best/adapter_model.safetensors")
     config, line = read_json(folder / "best/adapter_config.json"), trials.validation(folder)
@@ -53,8 +68,7 @@ def make_cell(args, name, folder):
         return result | dict.fromkeys(METRICS)
     own = {f"{args.network}_lora": folder / "run/best"}
     prior_lora, decoder_lora = (own.get(k) or getattr(args, k) for k in ("prior_lora", "decoder_lora"))
-    trials.run("sampler.py", "--ckpt", args.prior, "--decoder", args.decoder, "--prior-lora", prior_lora,
-               "--decoder-lora", decoder_lora, "--prompts", args.prompts, "--out", folder / "images",
+    trials.run("sampler.py", *sampling_flags(args, prior_lora, decoder_lora, folder / "images"),
                *trials.words_of("--sampling", args.sampling), processes=trials.devices())
     trials.run("metrics.py", "--real", args.data, "--fake", folder / "images", *args.space, "--cache",
                args.out / "cache", "--json", folder / "metrics.json")
@@ -63,24 +77,37 @@ def make_cell(args, name, folder):
         "space": trials.space_of(folder / "metrics.json")}
 
 
-def sweep(args, network, name):
-    """Every cell of a table, which is written after each."""
+def check_strings(args):
+    """BadInput for further flags that their command would refuse, hours later."""
+    trials.parsed("--training", args.training, OWN["training"], finetune.parse,
+                  *training_flags(args, args.network, [], args.out))
+    trials.parsed("--sampling", args.sampling, OWN["sampling"], sampler.parse,
+                  *sampling_flags(args, "", "", args.out))
+
+
+def prepare(args, other):
+    """Check the flags; returns the settings of the folder. other: the adapter that is not trained here."""
     at_least_one(args, "steps")
     check_range(args, 0, float("inf"), "epochs")
-    args.out, args.network = Path(args.out), network
-    for flag, own in OWN.items():
-        trials.words_of(f"--{flag}", getattr(args, flag), own)
+    args.out = Path(args.out)
+    check_strings(args)
     trials.check_space(args)
     args.space = trials.space_flags(args)
     if args.space is None:
         print(trials.NO_SPACE, file=sys.stderr)
-    settings = {k: getattr(args, k) for k in ("prior", "decoder", "steps", "epochs", "training", "sampling",
-                                              "space")}
+    settings = {k: getattr(args, k) for k in ("steps", "epochs", "training", "sampling", "space")}
+    models = {k: getattr(args, k) for k in ("prior", "decoder")}  # a name on the hub stands for itself
+    return settings | {k: folder_hash(v) if Path(v).is_dir() else v for k, v in models.items()} | {
+        "data": data.fingerprint(data.read_folder(args.data)),
+        "prompts": text_hash(*data.read_prompts(args.prompts)),
+        "drawn_with": other and adapters.adapter_hash(adapters.located(other))}
+
+
+def sweep(args, network, name):
+    """Every cell of a table, which is written after each."""
+    args.network = network
     other = args.decoder_lora if network == "prior" else args.prior_lora
-    settings |= {"data": data.fingerprint(data.read_folder(args.data)),
-                 "prompts": text_hash(*data.read_prompts(args.prompts)),
-                 "drawn_with": other and adapters.adapter_hash(adapters.located(other))}
-    with trials.claimed(args.out, settings):
+    with trials.claimed(Path(args.out), prepare(args, other)):
         if not other:
             trials.cell(args.out / "stage-1", lambda folder: train(
                 args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))
@@ -114,8 +141,8 @@ def best_prior(folder):
                        "prior's adapter by --prior-lora FOLDER")
     rows = read_json(file).get("results") or []
     if not isinstance(rows, list) or not rows or not all(
-            isinstance(row, dict) and row.get("cell") in list(CELLS) and trials.is_finite(row.get("val_loss"))
-            and (row.get("fid", "") is None or trials.is_finite(row.get("fid"))) for row in rows):
+            isinstance(row, dict) and row.get("cell") in list(CELLS) and is_number(row.get("val_loss"))
+            and (row.get("fid", "") is None or is_number(row.get("fid"))) for row in rows):
         raise BadInput(f"{file}: expected the result of table1, with cells in its results; run table1 again "
                        "in its folder")
     key = "fid" if all(row["fid"] is not None for row in rows) else "val_loss"

@@ -42,5 +42,10 @@ def write_table(path, table):
     write_json(path, known(table))
 
 
+def is_number(value):
+    """A finite number of a file. A comparison, which NaN fails, since an int of 400 digits is no float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def interval(row):
     return f"{row['low']:.2f}-{row['high']:.2f}"

@@ -521,7 +521,7 @@ class Loop:
         """A line of metrics.jsonl, and the loss next to the progress bar."""
         loss = self.world.mean(loss.item())
         finite = {k: v for k, v in {"loss": loss, **values}.items() if math.isfinite(v)}
-        run.log(step=step, **finite)  # a step that was left out in float16 has no loss
+        run.log(step=step, **finite)  # a step that float16 left out lacks one or both
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def finish(self):

@@ -8,6 +8,7 @@ of these files alone, so a table that is not complete yet holds what is there.
 from command import BadInput
 
 import contextlib
+import io
 import math
 import shlex
 import signal
@@ -23,6 +24,7 @@ import inception
 import spaces
 from files import create_json, read_json, remove_unfinished, replacing, write_json
 from runfolder import read_log
+from tables import is_number
 
 HERE = Path(__file__).resolve().parent
 
@@ -54,6 +56,22 @@ def run(script, *flags, processes=1):
         ended = (f"was killed by signal {-status}" if status < 0
                  else f"ended with status {status}, its own lines say why")
         raise BadInput(f"{script} {ended}; what is done is kept, and the same command goes on there")
+
+
+def parsed(flag, text, own, parse, *given):
+    """What a command's parse makes of the flags given and those of a string; BadInput where it refuses them.
+
+    own: as in words_of. Asked before anything is made: when that command's turn comes, hours may have passed.
+    """
+    words, said = words_of(flag, text, own), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return parse([*map(str, given), *words])
+    except SystemExit:
+        why = said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]
+    except BadInput as error:
+        why = error
+    raise BadInput(f"{flag} {text!r}: {why}")
 
 
 def devices():
@@ -138,7 +156,7 @@ def result(folder, figures, optional=()):
     found = read_json(file)
     for key in (*figures, *optional):
         value = found.get(key)
-        if not is_finite(value) and not (key in optional and value is None):
+        if not is_number(value) and not (key in optional and value is None):
             raise BadInput(f"{file}: expected {key}, a finite number, got {value!r:.60}; remove the file, "
                            "and the same command makes it again")
     return dict.fromkeys(optional) | found
@@ -149,10 +167,6 @@ def results(folders, figures, optional=()):
     return {k: result(f, figures, optional) for k, f in folders.items() if (f / "result.json").exists()}
 
 
-def is_finite(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # no NaN
-
-
 def validation(run_folder, *others):
     """The validation line of metrics.jsonl after step 0 with the lowest loss: that of the best checkpoint.
 
@@ -161,7 +175,7 @@ def validation(run_folder, *others):
     held_out = [line for line in read_log(run_folder)[0] if "val_loss" in line and line["step"]]
     for line in held_out:
         for key in ("val_loss", *others):
-            if not is_finite(line.get(key)):
+            if not is_number(line.get(key)):
                 raise BadInput(f"{run_folder}/metrics.jsonl, step {line['step']}: expected {key}, a finite "
                                f"number, got {line.get(key)!r:.60}")
     if not held_out:
@@ -195,7 +209,9 @@ def space_flags(args, classifier=None):
 
 def check_space(args):
     """BadInput for a space that metrics.py cannot use: said before a cell is trained, not after it."""
-    if args.features not in (None, "inception"):
+    if args.features == "inception" and not args.weights:
+        inception.Inception()  # from torch's cache, or downloaded into it
+    elif args.features not in (None, "inception"):
         if args.weights:
             raise BadInput(f"--weights {args.weights}: is of the Inception; the features are those of "
                            f"{args.features}")

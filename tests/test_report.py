@@ -170,6 +170,14 @@ def test_the_page_holds_every_value_of_the_files_and_loads_nothing(folder):
         assert said in found.text, said
 
 
+def test_steps_that_float16_left_out_are_counted(folder):
+    for lost in (("loss",), ("grad_norm",), ("loss", "grad_norm")):
+        with open("runs/a/metrics.jsonl", "a") as f:
+            line = {"step": 40, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-4}
+            f.write(json.dumps({k: v for k, v in line.items() if k not in lost}) + "\n")
+    assert "3 logged steps had no finite loss or gradient and were left out" in Page(page()).text
+
+
 def test_failures_are_told_from_the_files(folder):
     out = make_results()
     (out / "images/000002.png").unlink()

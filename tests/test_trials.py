@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 import tiny_kandinsky
-from helpers import PROMPTS, judge_file, tiny_msdm
+from helpers import PROMPTS, ROOT, judge_file, tiny_msdm
 
 import ablation
 import experiments
@@ -201,6 +201,15 @@ def test_what_an_ablation_cannot_use_is_said_before_anything_is_made(made, tmp_p
             (["--training=--dropout 0.5"], "the experiment gives --dropout itself"),
             (["--training=--no-self 1"], "the experiment gives --no-self-conditioning itself"),
             (["--training=--minutes 5"], "the experiment gives --minutes itself"),
+            (["--training=--captions x.csv"], "the experiment gives --captions itself"),
+            (["--training=--btach-size 3"], "--training .*: unrecognized arguments: --btach-size"),
+            (["--training=--lr 0.1x"], "--training .*: argument --lr: invalid float value: '0.1x'"),
+            (["--training=--size 48"], "--training .*: the autoencoder is trained at 64 px"),
+            (["--sampling=--stepz 20"], "--sampling .*: unrecognized arguments: --stepz 20"),
+            (["--sampling=--steps 0"], "--sampling .*: --steps 0: expected 1 or more"),
+            (["--judging=--size 50"], "--judging .*: --size: expected a multiple of 16"),
+            (["--judging=--held-out absent"], "absent: no such folder"),
+            (["--classifier", judge], "judge.safetensors: holds a classifier of .*--judging need one of"),
             (["--vae", judge], "judge.safetensors"),
             (["--classifier", other], "else.csv: expected an attribute classifier"),
             (["--paraphrases", other], "have no paraphrase"),
@@ -360,6 +369,37 @@ def test_tables_1_and_2_go_on_where_they_were_and_hold_what_their_runs_hold(made
         main(*two, "--table1", tmp_path / "none")
     main(*two, "--table1", tmp_path / "one")
     assert rows_of(tmp_path / "two/table2.md")["alpha-half"][:2] == ["32", "16"]
+
+
+def test_a_sweep_knows_its_models_by_their_contents(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figures = {"val_loss": 1.0, "rank": 4, "alpha": 4.0, "parameters": 1}
+    monkeypatch.setattr(sweeps, "train", lambda *given: figures)
+    monkeypatch.setattr(sweeps, "make_cell", lambda *given: figures)
+    shutil.copytree(made / "tiny", "tiny")
+    given = ["--decoder", made / "tiny/decoder", "--data", made / "data", "--steps", 2, "--out", "t",
+             "--prompts", ROOT / "docs/paper-prompts.txt"]
+    main("table1", "--prior", "tiny/prior", *given, "--cells", "rank-4")
+    main("table1", "--prior", "./tiny/prior", *given, "--cells", "rank-8")  # the same, called otherwise
+    with open("tiny/prior/prior/config.json", "a") as f:
+        f.write(" ")
+    with pytest.raises(BadInput, match="t: holds results of prior="):
+        main("table1", "--prior", "tiny/prior", *given, "--cells", "rank-16")
+    for more, words in (("--training=--epoch 3", "the experiment gives --epochs itself"),
+                        ("--training=--rank-pattern x", "--training .*: unrecognized arguments"),
+                        ("--sampling=--solver euler", "--sampling .*: argument --solver: invalid choice")):
+        with pytest.raises(BadInput, match=words):
+            main("table1", "--prior", "tiny/prior", *given, more)
+
+
+def test_the_inception_that_cannot_be_had_is_said_before_anything_is_made(monkeypatch):
+    def absent(*args):
+        raise BadInput("no weights")
+
+    monkeypatch.setattr(trials.inception, "Inception", absent)
+    with pytest.raises(BadInput, match="no weights"):
+        trials.check_space(Namespace(features="inception", weights=None))
+    trials.check_space(Namespace(features=None, weights=None))  # another space then, which is said
 
 
 def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path, capsys):
