@@ -60,7 +60,7 @@ def gather(run, samples=None, metrics=(), faithfulness=None, memorisation=None) 
     run = Path(run)
     config = read_config(run)
     log, unfinished = read_log(run)
-    sheets = sorted((p for p in run.glob("samples/*.png") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    sheets = sorted((p for p in run.glob("samples/*.png") if p.stem.isdecimal()), key=lambda p: int(p.stem))
     found = Found(run, kind_of_run(config["settings"]), config, log, sheets)
     if not (run / "metrics.jsonl").is_file():
         found.failures.append(f"{run / 'metrics.jsonl'} is not there: the run ended before its first line")

@@ -83,6 +83,8 @@ def rows_by_prompt(folder, paths) -> dict:
     """{prompt: rows of paths} by the captions of a data folder; an image may have several prompts."""
     row, out = {p.name: i for i, p in enumerate(paths)}, {}
     for record in data.read_folder(folder):
+        if record.name not in row:
+            raise BadInput(f"{record.path}: no such image, expected it as the captions name it")
         for prompt in dict.fromkeys(record.prompts):
             out.setdefault(prompt, []).append(row[record.name])
     return out

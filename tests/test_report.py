@@ -4,12 +4,14 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from helpers import image, run
 
 import data
+import findings
 import metrics
 import report
 import sampler
@@ -168,6 +170,11 @@ def test_the_page_holds_every_value_of_the_files_and_loads_nothing(folder):
                  "000000.png, t7.png, copy, mirrored, residual 0.05",
                  "The paper's figures are of other data and cannot be compared", "here it has 850"):
         assert said in found.text, said
+
+
+def test_a_sheet_is_named_by_decimal_digits(folder):
+    shutil.copy(folder / "runs/a/samples/0000020.png", folder / "runs/a/samples/²0.png")
+    assert [p.name for p in findings.gather("runs/a").sheets] == ["0000020.png", "0000040.png"]
 
 
 def test_steps_that_float16_left_out_are_counted(folder):

@@ -323,9 +323,14 @@ def test_the_command_of_2025(folders, encoders, capsys):
     ("pairs.csv", "Prompt,Paraphrase\nx,y\n", "no row has images of both prompts"),
     ("real/prompts.csv", "Filename,Prompt\n00.png,else\n", "no prompt has 2 images and 2 real ones"),
     ("fake/prompts.csv", "Filename,Prompt\n00.png,one polyp\n", "01.png: has no prompt"),
+    ("real/images/00.png", None, "00.png: no such image"),
 ])
 def test_pairs_and_captions_that_do_not_fit(folders, encoders, name, content, words):
-    (folders / name).write_text(content)
+    if content is None:  # a link to nowhere
+        (folders / name).unlink()
+        (folders / name).symlink_to("nowhere.png")
+    else:
+        (folders / name).write_text(content)
     with pytest.raises(BadInput, match=words) as error:
         command(folders, "--protocol", "imageclef2025", "--features", encoders / "vit", "--pairs",
                 folders / "pairs.csv")
