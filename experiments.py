@@ -92,10 +92,11 @@ def of_model(model, prompt, n, seed, taken):
     return list(kept), asked
 
 
-def rows_so_far(out, settings):
+def rows_so_far(out, settings, own):
     """The rows of the file out that earlier starts of the same command have written; none of a new one.
 
-    The settings stand beside it, in OUT.json. BadInput if the file holds something else.
+    The settings stand beside it, in OUT.json. BadInput if the file holds something else, or a row that this
+    command would not write: only a prompt outside the grammar may have any words, which are added by hand.
     """
     beside = out.with_suffix(".json")
     if not beside.exists() and not out.exists():
@@ -108,7 +109,16 @@ def rows_so_far(out, settings):
             raise BadInput(f"{out}: made with {k}={old.get(k)!r}, now {k}={now!r}; give another --out")
     if not out.exists():
         return []
-    return [fields for _, fields in data.csv_rows(out, *(((name.lower(),), True) for name in HEADER))]
+    rows, first = [], {}
+    for i, (prompt, other) in data.csv_rows(out, *(((name.lower(),), True) for name in HEADER)):
+        why = ("a prompt of --data" if prompt not in own else "other words for the prompt" if not other else
+               "the attributes of the prompt" if grammar.parse(prompt) not in ({}, grammar.parse(other)) else
+               f"words that row {first[other]} has not" if other in first else None)
+        if why:
+            raise BadInput(f"{out}, row {i}: expected {why}, got {[prompt, other]}; remove the row")
+        first[other] = i
+        rows.append([prompt, other])
+    return rows
 
 
 def prompts_to_say(source):
@@ -137,7 +147,7 @@ def paraphrase(args):
         device = training.own_device(args.device)
         folder = fetch(args.model, fast_dtype(device))
         settings["model"] = folder_hash(folder)
-    rows, beside = rows_so_far(out, settings), out.with_suffix(".json")
+    rows, beside = rows_so_far(out, settings, own), out.with_suffix(".json")
     if not beside.exists():
         create_json(beside, settings)
     remove_unfinished(out.parent, out.name, beside.name)
@@ -152,7 +162,8 @@ def paraphrase(args):
         rows += [[prompt, p] for p in new]
         if model:  # takes long: nothing of it is lost
             write_csv(out, HEADER, rows)
-    write_csv(out, HEADER, rows)
+    if left:
+        write_csv(out, HEADER, rows)
     kept = len(rows) - before
     print(f"{out}: {len(rows)} paraphrases of {len(own)} prompts; {asked} asked for now, {kept} kept, "
           f"{asked - kept} refused")

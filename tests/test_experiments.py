@@ -1,5 +1,7 @@
 """The experiments as commands: paraphrases of the real prompts, by the grammar and by a language model."""
 
+from command import BadInput
+
 import csv
 
 import pytest
@@ -50,6 +52,26 @@ def test_paraphrases_go_on_with_the_same_settings_only(tmp_path):
     (tmp_path / "mine.csv").write_text("Prompt,Paraphrase\n")
     assert "not made by this command" in run("experiments.py", *flags, "--out", tmp_path / "mine.csv",
                                              expect=2).stderr
+
+
+def test_rows_that_are_no_paraphrases_are_refused(tmp_path):
+    out, flags = tmp_path / "p.csv", ["paraphrase", "--data", prompt_file(tmp_path, [*PROMPTS, "a cat"]),
+                                      "--per-prompt", 2]
+    experiments.main([*map(str, flags), "--out", str(out)])
+    header, first, *rest = out.read_text().splitlines()
+    prompt, other = rows_of(out)[0]
+    for row, words in ((f"{prompt},{other[:-12]}", "the attributes of the prompt"),  # as a cut file ends
+                       (f"{prompt},", "other words for the prompt"), ("foo,bar", "a prompt of --data"),
+                       (rest[0], "words that row 3 has not")):
+        out.write_text("\n".join([header, first, *rest, row]))
+        before = out.read_bytes()
+        with pytest.raises(BadInput, match=f"p.csv, row {len(rest) + 3}: expected {words}, got .*; remove"):
+            experiments.main([*map(str, flags), "--out", str(out)])
+        assert out.read_bytes() == before
+    by_hand = "\n".join([f"{header},Reviewer", *(f"{row},me" for row in (first, *rest, "a cat,one polyp"))])
+    out.write_text(by_hand)
+    experiments.main([*map(str, flags), "--out", str(out)])
+    assert out.read_text() == by_hand  # nothing is new, nothing is written
 
 
 def test_prompts_outside_the_grammar_are_named(tmp_path):
