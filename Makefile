@@ -3,6 +3,7 @@
 VALUES := PRESET DATA OUT VAE STEPS SIZE CKPT PROMPT SAMPLES PRIOR DECODER KANDINSKY3 REAL FAKE WEIGHTS PROMPTS RUN FEATURES
 
 # A value that is given reaches the commands as it stands, through the environment: quotes, spaces and $ included.
+# But CKPT of table3, which may hold several: for a name with a space or * take experiments.py itself.
 $(foreach v,$(VALUES),$(eval override $(v) := $$(value $(v))))
 override PRESET := $(or $(PRESET),tiny)
 export $(VALUES)

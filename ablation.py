@@ -55,6 +55,7 @@ COLUMNS = {  # figure of a result: heading
     "recall": "recall",
 }
 FIGURES = ("step", "loss", "loss_paraphrases", "n_judged", "n_shown")  # of every result
+ENDS = [f"{key}_{end}" for key in ("fid", "precision", "recall") for end in ("low", "high")]
 
 
 def flags_of(arm):
@@ -69,15 +70,21 @@ def flags_of(arm):
 # An arm
 
 
-def write_prompts(file, records, n):
-    """A csv of n prompts: of n images of records, again and again if these are fewer, a prompt of each."""
-    if Path(file).exists():
-        return
-    rng, rows = random.Random(0), []
-    while len(rows) < n:
-        some = rng.sample(records, len(records))
-        rows += [[rng.choice(r.prompts)] for r in some]
-    write_csv(file, ["Prompt"], rows[:n])
+def prompts_of(records, n):
+    """n prompts: of n images of records, again and again if these are fewer, a prompt of each."""
+    rng, found = random.Random(0), []
+    while len(found) < n:
+        found += [rng.choice(r.prompts) for r in rng.sample(records, len(records))]
+    return found[:n]
+
+
+def write_prompts(file, prompts):
+    """A csv of the prompts that every arm is sampled with; BadInput where it is there and holds others."""
+    if not file.exists():
+        write_csv(file, ["Prompt"], [[p] for p in prompts])
+    elif data.read_prompts(file) != prompts:
+        raise BadInput(f"{file}: not the prompts of this experiment, which its other arms were sampled with; "
+                       "remove the file, and the same command writes it again")
 
 
 def training_flags(args, arm, seed, folder):
@@ -110,8 +117,8 @@ def make_arm(args, arm, seed, folder):
     trials.run("metrics.py", "--real", args.real, "--fake", folder / "images", *space, "--cache",
                args.out / "cache", "--json", folder / "metrics.json")
     found = read_json(folder / "metrics.json")
-    figures = ("fid", "precision", "recall")
-    return result | {k: found[k] for k in found if k.removesuffix("_low").removesuffix("_high") in figures}
+    return result | {k: found[k] for k in ("fid", "precision", "recall", *ENDS) if k in found} | {
+        "space": trials.space_of(folder / "metrics.json")}
 
 
 # The experiment
@@ -176,6 +183,7 @@ def prepare(args):
                                               "sampling", "judging")}
     settings["space"] = trials.space_flags(args, "the judge")  # by its hash, if it was given
     prints = {k: data.fingerprint(records[getattr(args, k)]) for k in ("data", "real", "judge")}
+    prints["real_images"] = trials.real_images(args.real)
     args.judge_is_data = prints["judge"] == prints["data"]
     return settings | hashes | prints, records[args.real]
 
@@ -190,10 +198,8 @@ def make_shared(args, real):
     if not args.vae:
         args.vae = args.out / "vae/best.safetensors"
         trials.cell(args.out / "vae", lambda folder: make_vae(args, folder))
-    if not (args.out / "prompts-faithfulness.csv").exists():
-        trials.run("judges.py", "prompts", "--per-value", args.per_value, "--out",
-                   args.out / "prompts-faithfulness.csv")
-    write_prompts(args.out / "prompts-images.csv", real, args.images)
+    write_prompts(args.out / "prompts-faithfulness.csv", judges.repeated_prompts(args.per_value))
+    write_prompts(args.out / "prompts-images.csv", prompts_of(real, args.images))
 
 
 def ablation(args):
@@ -218,8 +224,7 @@ def write_tables(args):
     """ablation.md and ablation.json of all arms and seeds in the folder, those of other starts too."""
     places = sorted(p.parent for p in args.out.glob("seed-*/*/result.json")
                     if p.parent.name in ARMS and re.fullmatch(r"seed-\d+", p.parent.parent.name))
-    found = [trials.result(p, FIGURES, COLUMNS) | {"arm": p.name, "seed": int(p.parent.name[5:])}
-             for p in places]
+    found = [arm_result(p) for p in places]
     by_arm = {arm: {r["seed"]: r for r in found if r["arm"] == arm} for arm in ARMS}
     by_arm = {arm: seeds for arm, seeds in by_arm.items() if seeds}
     means = {arm: means_of(seeds) for arm, seeds in by_arm.items()}
@@ -227,7 +232,7 @@ def write_tables(args):
     baseline = by_arm.get("baseline", {})
     gaps = {arm: gap for arm, seeds in by_arm.items()
             if arm != "baseline" and (gap := less_baseline(seeds, baseline))}
-    space = trials.one_space(args.out, [trials.space_of(p / "metrics.json") for p in places])
+    space = trials.one_space(args.out, [r["space"] for r in found])
     steps = sorted({r["step"] for r in found})
     notes = notes_of(args, found, space, gaps)
     heads = ["arm", "seeds", *COLUMNS.values()]
@@ -240,6 +245,18 @@ def write_tables(args):
     table = {"preset": args.preset, "steps": args.steps, "best_steps": steps, "space": space, "notes": notes,
              "means": means, "less_baseline": gaps, "results": found}
     trials.write_table(args.out, "ablation", text + "".join(f"- {note}\n" for note in notes), table)
+
+
+def arm_result(folder):
+    """The result of an arm's folder, with arm, seed and space; BadInput for what cannot be one."""
+    r = trials.result(folder, FIGURES, (*COLUMNS, *ENDS))
+    shown, judged = r["n_shown"], r["n_judged"]
+    if not (isinstance(shown, int) and isinstance(judged, int) and 0 <= shown <= judged):
+        raise BadInput(f"{folder / 'result.json'}: expected n_shown and n_judged, whole numbers, the first "
+                       f"up to the second, got {shown} and {judged}; remove the file, and the same command "
+                       "makes it again")
+    space = r.get("space") or trials.space_of(folder / "metrics.json")  # older versions kept it there alone
+    return r | {"arm": folder.name, "seed": int(folder.parent.name[5:]), "space": space}
 
 
 def means_of(seeds):

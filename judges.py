@@ -59,6 +59,7 @@ JUDGEMENT = {           # keys by which a --json file of each command is known
     "usefulness": ("n_held_out", "attributes"),
     "memorisation": ("near_ratio", "verdict", "flagged", "rows", "pairs"),
 }
+ASKED_COLORS = ("pink", "red", "white", "yellow", "purple")
 LEARNT, HELD_OUT = "which the classifier is trained on", "which is held out"
 SUMMARY = {             # rows of the short table: which values each pools
     "no polyps": [("polyp", "no polyps")],
@@ -310,9 +311,14 @@ def evaluation_prompts(colors):
     return [prompts.write(a) for a in attributes]
 
 
+def repeated_prompts(n, colors=ASKED_COLORS):
+    """The evaluation prompts, each n times."""
+    return [p for p in evaluation_prompts(colors) for _ in range(n)]
+
+
 def write_prompts(args):
     """The evaluation prompts, each --per-value times, as a csv with the column Prompt."""
-    lines = [p for p in evaluation_prompts(args.colors) for _ in range(args.per_value)]
+    lines = repeated_prompts(args.per_value, args.colors)
     write_csv(args.out, ["Prompt"], [[p] for p in lines])
     print(f"{args.out}: {len(lines)} prompts, {args.per_value} a value")
 
@@ -449,7 +455,7 @@ def parse(argv):
     p = command(write_prompts, "prompts", "write the evaluation prompts of faithfulness as a csv file")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
     p.add_argument("--per-value", type=int, default=20, help="number of prompts for each value")
-    p.add_argument("--colors", nargs="+", default=["pink", "red", "white", "yellow", "purple"],
+    p.add_argument("--colors", nargs="+", default=list(ASKED_COLORS),
                    choices=prompts.COLORS, metavar="COLOR", help="colours to write prompts for")
     args = parser.parse_args(argv)
     if "device" in args:

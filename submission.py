@@ -17,7 +17,7 @@ import msdm
 import sampler
 import trials
 from classifier import default_file
-from files import check_replaced, file_hash, read_json, replacing, text_hash
+from files import check_replaced, file_hash, folder_hash, read_json, replacing, text_hash
 from metrics import SOFTMAX
 from pixels import open_image
 from tables import is_number
@@ -55,6 +55,9 @@ def submission(args):
     file = out.with_name(f"{out.name}.zip")
     trials.words_of("--sampling", args.sampling, OWN)
     prompts = data.read_prompts(args.prompts)
+    if file.exists() and not out.exists():
+        raise BadInput(f"{file}: is there, and the folder {out} of its images is not; move it, or give "
+                       "another --out")
     data.check_writable(out=file)
     check_replaced(out=(file, "a zip of experiments.py submission", is_submission))
     trials.run("sampler.py", "--ckpt", args.ckpt, "--prompts", args.prompts, "--out", out,
@@ -77,12 +80,15 @@ def name_of(source):
 
 
 def hash_of(source):
-    """Of a checkpoint, or of the images and prompts of a folder of sampler.py; None of a published model."""
+    """Of a checkpoint, of the images and prompts of a folder of sampler.py, or of a published folder; None of
+    a name on the hub."""
     source = Path(source)
     if (source / "prompts.csv").exists():
         return data.fingerprint(data.read_folder(source))
     file = msdm.checkpoint_in(source) if source.is_dir() else source
-    return file_hash(file) if file and Path(file).is_file() else None
+    if file and Path(file).is_file():
+        return file_hash(file)
+    return folder_hash(source) if source.is_dir() else None
 
 
 def measure(args, source, folder):
@@ -135,7 +141,8 @@ def table3(args):
         if not Path(source).exists() and source.endswith(".safetensors"):
             raise BadInput(f"{source}: no such file, expected a checkpoint or a folder of sampler.py")
     args.measures = measures_of(args)
-    settings = {"data": data.fingerprint(data.read_folder(args.data)), "sampling": args.sampling,
+    settings = {"data": data.fingerprint(data.read_folder(args.data)),
+                "real_images": trials.real_images(args.data), "sampling": args.sampling,
                 "prompts": text_hash(*data.read_prompts(args.prompts)), "measures": args.measures}
     with trials.claimed(args.out, settings):
         for source, folder in folders.items():
@@ -171,7 +178,8 @@ def write_table(args):
             for r in found]
     notes = [f"Real images: {args.data}. Checkpoints were sampled here: prompts {args.prompts}, one image "
              f"each, {args.sampling or 'the defaults of sampler.py'}; folders as their config.json says."]
-    sizes = sorted({r[name]["n_half"] for r in found for name in args.measures if "n_half" in r[name]})
+    sizes = sorted({r[name]["n_half"] for r in found for name in args.measures
+                    if r[name].get("n_half") is not None})
     if sizes:
         notes.append(f"Equal n: {', '.join(map(str, sizes))} images of either side, since the distance "
                      "of fewer is larger: compare these two columns, the second is a perfect model's.")

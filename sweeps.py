@@ -99,6 +99,7 @@ def prepare(args, other):
     models = {k: getattr(args, k) for k in ("prior", "decoder")}  # a name on the hub stands for itself
     return settings | {k: folder_hash(v) if Path(v).is_dir() else v for k, v in models.items()} | {
         "data": data.fingerprint(data.read_folder(args.data)),
+        "real_images": args.space and trials.real_images(args.data),
         "prompts": text_hash(*data.read_prompts(args.prompts)),
         "drawn_with": other and adapters.adapter_hash(adapters.located(other))}
 

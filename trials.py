@@ -8,6 +8,7 @@ of these files alone, so a table that is not complete yet holds what is there.
 from command import BadInput
 
 import contextlib
+import ctypes
 import io
 import math
 import shlex
@@ -20,7 +21,10 @@ import numpy as np
 import scipy.stats
 import torch
 
+import data
+import duplicates
 import inception
+import metrics
 import spaces
 from files import create_json, read_json, remove_unfinished, replacing, write_json
 from runfolder import read_log
@@ -41,7 +45,7 @@ def run(script, *flags, processes=1):
     launcher *= processes > 1
     print(f"\n$ {shlex.join(['python', *launcher, script, *words[1:]])}", file=sys.stderr, flush=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    child = subprocess.Popen([sys.executable, *launcher, *words])
+    child = subprocess.Popen([sys.executable, *launcher, *words], preexec_fn=ends_with_parent())
     try:
         status = child.wait()
     except BaseException:  # SIGTERM reached this process alone; after Ctrl-C, which reached both, no harm
@@ -56,6 +60,15 @@ def run(script, *flags, processes=1):
         ended = (f"was killed by signal {-status}" if status < 0
                  else f"ended with status {status}, its own lines say why")
         raise BadInput(f"{script} {ended}; what is done is kept, and the same command goes on there")
+
+
+def ends_with_parent():
+    """A call for a child before it begins: that it is stopped by SIGTERM when this process is killed, where
+    it would go on alone and keep its folder from the next start. None where there is no such call (prctl)."""
+    if sys.platform != "linux":
+        return None
+    prctl, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1
+    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def parsed(flag, text, own, parse, *given):
@@ -118,6 +131,8 @@ def claimed(out, settings):
         raise BadInput(f"{out}: not empty and without settings.json of an experiment; give another --out")
     if not (is_new := create_json(file, settings)):
         old = read_json(file)
+        if not old:
+            raise BadInput(f"{file}: expected the settings of an experiment, got none; give another --out")
         for k in sorted(old):  # what it lacks, its version did not know
             if old[k] != settings.get(k):
                 raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings.get(k)!r}; "
@@ -183,7 +198,16 @@ def validation(run_folder, *others):
     return min(held_out, key=lambda line: line["val_loss"])
 
 
-# The space of the metrics
+# The space of the metrics, and its real images
+
+
+def real_images(folder):
+    """The fingerprint of all images that metrics.py reads in a folder; BadInput for one that it cannot."""
+    records = [data.Record(path, path.name, []) for path in metrics.image_files(folder, quiet=True)]
+    for _, _, why in duplicates.seen(records):
+        if why:
+            raise BadInput(f"{why}; metrics.py reads every image of {folder}, so mend or remove it")
+    return data.image_fingerprint(records)
 
 
 def add_space_flags(parser):

@@ -4,9 +4,15 @@ from command import BadInput
 
 import importlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import tiny_kandinsky
@@ -221,6 +227,38 @@ def test_what_an_ablation_cannot_use_is_said_before_anything_is_made(made, tmp_p
         assert not (tmp_path / "a").exists() and not commands.ran, more
 
 
+def test_images_of_the_metrics_are_known_with_and_without_captions(made, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(made / "data", folder)
+    first = next((folder / "images").iterdir())
+    before = trials.real_images(folder)
+    shutil.copy(first, folder / "images/more.png")
+    assert trials.real_images(folder) != before
+    (folder / "images/more.png").unlink()
+    assert trials.real_images(folder) == before
+    first.write_bytes(first.read_bytes()[:200])
+    with pytest.raises(BadInput, match=f"{first.name}: .*reads every image of .*data, so mend or remove it"):
+        trials.real_images(folder)
+
+
+def test_a_command_ends_when_its_experiment_is_killed(tmp_path):
+    (tmp_path / "long.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "parent.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport trials\n"
+        f"from pathlib import Path\ntrials.HERE = Path({str(tmp_path)!r})\ntrials.run('long.py')\n")
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.DEVNULL)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the command goes on without its experiment")
+
+
 @pytest.mark.parametrize("status, raised", [(2, BadInput), (130, KeyboardInterrupt)])
 def test_a_command_that_fails_or_is_stopped_ends_the_experiment(tmp_path, monkeypatch, status, raised):
     (tmp_path / "short.py").write_text("import sys\nsys.exit(int(sys.argv[1]))\n")
@@ -332,6 +370,17 @@ def test_an_ablation_that_is_killed_goes_on_inside_the_arm_and_its_table_holds_w
     with pytest.raises(BadInput, match="holds results of steps=2, now steps=3; give another --out, or, if no "
                        "result is of the first, mend .*a/settings.json"):
         main(*given, "--steps", 3)
+    for name in ("faithfulness", "images"):
+        file = tmp_path / f"a/prompts-{name}.csv"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:whole.index(b"\n", 60) + 1])
+        with pytest.raises(BadInput, match=f"prompts-{name}.csv: not the prompts of this experiment"):
+            main(*given, "--seeds", 2)
+        file.unlink()
+        main(*given)
+        assert file.read_bytes() == whole
+    (tmp_path / "a/seed-0/baseline/metrics.json").unlink()  # the result says what it needs
+    main(*given)
     commands.ran.clear()
     monkeypatch.setattr(trials.inception, "cached_file", lambda which: "there")  # other metrics now
     with pytest.raises(BadInput, match=r"classifier:the judge'\], now space=\[\]"):
@@ -402,6 +451,22 @@ def test_the_inception_that_cannot_be_had_is_said_before_anything_is_made(monkey
     trials.check_space(Namespace(features=None, weights=None))  # another space then, which is said
 
 
+def test_a_result_that_cannot_be_one_is_named(tmp_path):
+    cell = tmp_path / "seed-0/baseline"
+    good = {k: 1.0 for k in ("step", "loss", "loss_paraphrases")} | {
+        "n_judged": 26, "n_shown": 20, "space": "s"}
+    write_json(cell / "result.json", good)
+    assert ablation.arm_result(cell)["space"] == "s"
+    for wrong in ({"n_shown": 50}, {"n_judged": 2.5}, {"n_shown": -1}, {"fid_low": "a"}):
+        write_json(cell / "result.json", good | wrong)
+        with pytest.raises(BadInput, match="baseline/result.json: expected .*; remove the file, and the sa"):
+            ablation.arm_result(cell)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(BadInput, match="settings.json: expected the settings of an experiment"), \
+            trials.claimed(tmp_path, {"data": "d", "sampling": ""}):
+        pytest.fail("taken")
+
+
 def test_the_best_prior_is_that_of_the_lowest_fid_or_loss(tmp_path, capsys):
     rows = [{"cell": "rank-4", "val_loss": 1.0, "fid": 9.0}, {"cell": "rank-8", "val_loss": 2.0, "fid": 3.0}]
     write_json(tmp_path / "table1.json", {"results": rows})
@@ -443,6 +508,11 @@ def test_a_submission_is_a_zip_in_order_and_the_same_bytes_again(checkpoint, tmp
     (tmp_path / "s/images/000012.png").write_bytes((tmp_path / "s/images/000003.png").read_bytes())
     with pytest.raises(BadInput, match="s: 13 images, expected 12"):
         main(*flags)
+    shutil.move(tmp_path / "s", tmp_path / "kept")
+    with pytest.raises(BadInput, match="s.zip: is there, and the folder .*s of its images is not; move it"):
+        main(*flags)
+    assert file_hash(tmp_path / "s.zip") == first
+    shutil.move(tmp_path / "kept", tmp_path / "s")
     (tmp_path / "s.zip").write_bytes(b"mine")
     with pytest.raises(BadInput, match="s.zip: would be replaced and is not a zip of"):
         main(*flags)
@@ -475,6 +545,9 @@ def test_table_3_measures_checkpoints_and_folders_by_both_protocols(checkpoint, 
         main("table3", checkpoint, "--data", made / "data", "--prompts", tmp_path / "p.txt",
              "--out", tmp_path / "t", "--sampling=--steps 1", "--weights", "rule")
     write_json(file, result)
+    was = submission.hash_of(made / "tiny/prior")  # of a published folder, by its contents
+    assert was == submission.hash_of(f"{made}/tiny/../tiny/prior") is not None
+    assert was != submission.hash_of(made / "tiny/decoder")
     with pytest.raises(BadInput, match="expected a path with a name, and another one than cache"):
         main("table3", "/", "--data", made / "data", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "t")
     tensors, meta = load_safetensors(checkpoint)
