@@ -15,6 +15,7 @@ from pathlib import Path
 
 import classifier
 import data
+import duplicates
 import judges
 import msdm
 import sampler
@@ -75,7 +76,7 @@ def prompts_of(records, n):
     rng, found = random.Random(0), []
     while len(found) < n:
         found += [rng.choice(r.prompts) for r in rng.sample(records, len(records))]
-    return found[:n]
+    return [" ".join(re.split(r"[\r\n]+", prompt)) for prompt in found[:n]]  # a row of a csv is one line
 
 
 def write_prompts(file, prompts):
@@ -147,10 +148,11 @@ def check_strings(args):
 def check_files(args, judging):
     """BadInput for files of the flags that a later command would refuse, hours later."""
     if judging.held_out or args.classifier:
-        (records, *_), _ = judges.real_images(args.judge, judging.held_out, judging.size, judging.mirror)
+        records, *_ = judges.real_records(args.judge, judging.held_out, judging.size, judging.mirror)
     if args.classifier:
         spaces.load(f"classifier:{args.classifier}")
-        made_of, ours = classifier.made_from(args.judge, records, judging)
+        readable = [r for r, (_, _, why) in zip(records, duplicates.seen(records), strict=True) if not why]
+        made_of, ours = classifier.made_from(args.judge, readable, judging)
         if other := classifier.other_than(made_of, args.classifier):
             raise BadInput(f"{args.classifier}: holds a classifier of {other}; --judge and --judging need "
                            f"one of {ours}")

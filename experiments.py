@@ -113,7 +113,7 @@ def rows_so_far(out, settings, own):
     for i, (prompt, other) in data.csv_rows(out, *(((name.lower(),), True) for name in HEADER)):
         why = ("a prompt of --data" if prompt not in own else "other words for the prompt" if not other else
                "the attributes of the prompt" if grammar.parse(prompt) not in ({}, grammar.parse(other)) else
-               f"words that row {first[other]} has not" if other in first else None)
+               f"words that row {first[other]} has not" if other in first and grammar.parse(prompt) else None)
         if why:
             raise BadInput(f"{out}, row {i}: expected {why}, got {[prompt, other]}; remove the row")
         first[other] = i

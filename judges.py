@@ -215,6 +215,12 @@ def real_images(folder, held_out, size, mirror=None):
 
     mirror: a value of --mirror; the copies stand behind the images to train on.
     """
+    train, rest, total = real_records(folder, held_out, size, mirror)
+    return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
+
+
+def real_records(folder, held_out, size, mirror=None):
+    """(records to train on, those that are held out, the number of images if both are of one folder)."""
     train = data.read_folder(folder)
     total = None if held_out else len(train)
     train, rest = (train, data.read_folder(held_out)) if held_out else data.split(train)
@@ -222,8 +228,7 @@ def real_images(folder, held_out, size, mirror=None):
         raise BadInput(f"{folder}: 1 image, expected at least 2, one of them to hold out, or --held-out")
     if held_out:
         duplicates.expect_others(rest, held_out, train, folder, LEARNT)
-    train, _ = mirrored.with_copies(train, mirror, size, wording.Wording())
-    return labelled(train, folder, size, total), labelled(rest, held_out or folder, size, total)
+    return mirrored.with_copies(train, mirror, size, wording.Wording())[0], rest, total
 
 
 def labelled(records, folder, size, total=None):
@@ -458,8 +463,7 @@ def parse(argv):
     p.add_argument("--colors", nargs="+", default=list(ASKED_COLORS),
                    choices=prompts.COLORS, metavar="COLOR", help="colours to write prompts for")
     args = parser.parse_args(argv)
-    if "device" in args:
-        args.device = best_device(args.device)
+    if "size" in args:
         if args.size % 16 or args.size < 32:
             raise BadInput(f"--size: expected a multiple of 16, at least 32, got {args.size}")
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
@@ -471,6 +475,8 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    if "device" in args:
+        args.device = best_device(args.device)
     data.check_writable(**{name: getattr(args, name, None) for name in ("out", "json", "sheet")})
     check_outputs(args)
     for name in ("real", "train", "held_out", "fake"):

@@ -141,13 +141,15 @@ def table3(args):
         if not Path(source).exists() and source.endswith(".safetensors"):
             raise BadInput(f"{source}: no such file, expected a checkpoint or a folder of sampler.py")
     args.measures = measures_of(args)
+    prompts = data.read_prompts(args.prompts)
     settings = {"data": data.fingerprint(data.read_folder(args.data)),
                 "real_images": trials.real_images(args.data), "sampling": args.sampling,
-                "prompts": text_hash(*data.read_prompts(args.prompts)), "measures": args.measures}
-    with trials.claimed(args.out, settings):
+                "prompts": text_hash(*prompts), "measures": args.measures}
+    with trials.claimed(args.out, settings, {"prompts": prompts}):
         for source, folder in folders.items():
             made = trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
-            if (was := made.get("hash")) != (now := hash_of(source)):
+            was, now = made.get("hash"), hash_of(source)  # None: of the hub, or by an earlier version
+            if was is not None and was != now:
                 raise BadInput(f"{folder}: holds the figures of {made.get('source')} with hash {was!r:.12}, "
                                f"{source} has {now!r:.12}; remove that folder, or give another --out")
             write_table(args)

@@ -31,6 +31,7 @@ OWN = {"training": ("--model", "--prior", "--decoder", "--data", "--captions", "
                     "--minutes"),
        "sampling": ("--ckpt", "--decoder", "--prior-lora", "--decoder-lora", "--prompt", "--prompts",
                     "--out")}
+MODELS = ("prior", "decoder")
 METRICS = ("fid", "precision", "recall")
 FIGURES = ("rank", "alpha", "parameters", "val_loss")
 
@@ -79,10 +80,12 @@ def make_cell(args, name, folder):
 
 def check_strings(args):
     """BadInput for further flags that their command would refuse, hours later."""
-    trials.parsed("--training", args.training, OWN["training"], finetune.parse,
-                  *training_flags(args, args.network, [], args.out))
+    has_stage_1 = args.network == "prior" and not args.decoder_lora
+    for network in (args.network, *["decoder"] * has_stage_1):
+        trials.parsed("--training", args.training, OWN["training"], finetune.parse,
+                      *training_flags(args, network, [], args.out))
     trials.parsed("--sampling", args.sampling, OWN["sampling"], sampler.parse,
-                  *sampling_flags(args, "", "", args.out))
+                  *sampling_flags(args, "prior", "decoder", args.out))
 
 
 def prepare(args, other):
@@ -96,10 +99,10 @@ def prepare(args, other):
     if args.space is None:
         print(trials.NO_SPACE, file=sys.stderr)
     settings = {k: getattr(args, k) for k in ("steps", "epochs", "training", "sampling", "space")}
-    models = {k: getattr(args, k) for k in ("prior", "decoder")}  # a name on the hub stands for itself
+    models = {k: getattr(args, k) for k in MODELS}  # a name on the hub stands for itself
     return settings | {k: folder_hash(v) if Path(v).is_dir() else v for k, v in models.items()} | {
         "data": data.fingerprint(data.read_folder(args.data)),
-        "real_images": args.space and trials.real_images(args.data),
+        "real_images": None if args.space is None else trials.real_images(args.data),
         "prompts": text_hash(*data.read_prompts(args.prompts)),
         "drawn_with": other and adapters.adapter_hash(adapters.located(other))}
 
@@ -108,7 +111,8 @@ def sweep(args, network, name):
     """Every cell of a table, which is written after each."""
     args.network = network
     other = args.decoder_lora if network == "prior" else args.prior_lora
-    with trials.claimed(Path(args.out), prepare(args, other)):
+    older = {k: getattr(args, k) for k in MODELS}
+    with trials.claimed(Path(args.out), prepare(args, other), older):
         if not other:
             trials.cell(args.out / "stage-1", lambda folder: train(
                 args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import io
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -67,8 +68,14 @@ def ends_with_parent():
     it would go on alone and keep its folder from the next start. None where there is no such call (prctl)."""
     if sys.platform != "linux":
         return None
-    prctl, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    prctl, PR_SET_PDEATHSIG, parent = ctypes.CDLL(None).prctl, 1, os.getpid()
+
+    def call():
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # killed before the call
+            os._exit(128 + signal.SIGTERM)
+
+    return call
 
 
 def parsed(flag, text, own, parse, *given):
@@ -119,8 +126,10 @@ def given(flag, value):
 
 
 @contextlib.contextmanager
-def claimed(out, settings):
+def claimed(out, settings, older=None):
     """`with claimed(out, settings):` the folder of an experiment is this one's, by its settings.json.
+
+    older: {key: the value that says the same in a folder of an earlier version}.
 
     BadInput if it holds another one's. A refusal before anything is made leaves the folder as it was, so that
     the mended command is not taken for another experiment.
@@ -134,11 +143,11 @@ def claimed(out, settings):
         if not old:
             raise BadInput(f"{file}: expected the settings of an experiment, got none; give another --out")
         for k in sorted(old):  # what it lacks, its version did not know
-            if old[k] != settings.get(k):
-                raise BadInput(f"{out}: holds results of {k}={old[k]!r}, now {k}={settings.get(k)!r}; "
+            if old[k] not in (now := settings.get(k), (older or {}).get(k, now)):
+                raise BadInput(f"{out}: holds results of {k}={old[k]!r:.200}, now {k}={now!r:.200}; "
                                f"give another --out, or, if no result is of the first, mend {file}")
-        if settings.keys() - old.keys():
-            write_json(file, old | settings)
+        if old != settings:
+            write_json(file, settings)
     remove_unfinished(out, "*.json", "*.md", "*.csv")
     try:
         yield
