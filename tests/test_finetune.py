@@ -163,7 +163,7 @@ def test_an_epoch_is_a_pass_over_the_pairs_of_image_and_prompt(made, tmp_path):
         args = finetune.parse(["prior", "--from-run", str(tmp_path), "--out", "x", *given])
         assert (args.epochs, getattr(args, "steps", None)) == expected
     # A run that goes on in two processes keeps its 8 images a step, whatever they would make of --batch-size.
-    args = finetune.parse(flags(made, "prior", tmp_path, "--epochs", 0.5))
+    args = finetune.parse(command)
     world = finetune.training.Distributed(0, 2, torch.device("cpu"))
     assert finetune.steps_of(args, pairs, world) == math.ceil(0.5 * pairs / 8)
 
