@@ -76,7 +76,7 @@ def prompts_of(records, n):
     rng, found = random.Random(0), []
     while len(found) < n:
         found += [rng.choice(r.prompts) for r in rng.sample(records, len(records))]
-    return [" ".join(re.split(r"[\r\n]+", prompt)) for prompt in found[:n]]  # a row of a csv is one line
+    return [sampler.one_line(prompt) for prompt in found[:n]]
 
 
 def write_prompts(file, prompts):

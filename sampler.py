@@ -324,10 +324,14 @@ def check_flags(args):
                        "--prior-lora or --decoder-lora")
 
 
+def one_line(prompt):
+    """The prompt with a space for each line break: a row of prompts.csv is one line."""
+    return " ".join(re.split(r"[\r\n]+", prompt.strip("\r\n")))
+
+
 def read_prompts(args):
     """The prompts of all images; BadInput if there are none, too many, or one that cannot be written."""
-    # A line break becomes a space: a row of prompts.csv is one line.
-    own = [" ".join(re.split(r"[\r\n]+", prompt.strip("\r\n"))) for prompt in args.prompt or []]
+    own = [one_line(prompt) for prompt in args.prompt or []]
     prompts = [*own, *(data.read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise BadInput("give --prompt TEXT or --prompts FILE")

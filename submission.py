@@ -145,7 +145,7 @@ def table3(args):
     settings = {"data": data.fingerprint(data.read_folder(args.data)),
                 "real_images": trials.real_images(args.data), "sampling": args.sampling,
                 "prompts": text_hash(*prompts), "measures": args.measures}
-    with trials.claimed(args.out, settings, {"prompts": prompts}):
+    with trials.claimed(args.out, settings, older={"prompts": prompts}):
         for source, folder in folders.items():
             made = trials.cell(folder, lambda folder, source=source: measure(args, source, folder))
             was, now = made.get("hash"), hash_of(source)  # None: of the hub, or by an earlier version

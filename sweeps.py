@@ -111,8 +111,8 @@ def sweep(args, network, name):
     """Every cell of a table, which is written after each."""
     args.network = network
     other = args.decoder_lora if network == "prior" else args.prior_lora
-    older = {k: getattr(args, k) for k in MODELS}
-    with trials.claimed(Path(args.out), prepare(args, other), older):
+    settings = prepare(args, other)
+    with trials.claimed(args.out, settings, older={k: getattr(args, k) for k in MODELS}):
         if not other:
             trials.cell(args.out / "stage-1", lambda folder: train(
                 args, "decoder", ["--rank", STAGE_1["rank"]], folder / "run", STAGE_1["epochs"]))

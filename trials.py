@@ -129,10 +129,9 @@ def given(flag, value):
 def claimed(out, settings, older=None):
     """`with claimed(out, settings):` the folder of an experiment is this one's, by its settings.json.
 
-    older: {key: the value that says the same in a folder of an earlier version}.
-
     BadInput if it holds another one's. A refusal before anything is made leaves the folder as it was, so that
-    the mended command is not taken for another experiment.
+    the mended command is not taken for another experiment. older: {key: the value that says the same in a
+    folder that an earlier version has begun}.
     """
     file = out / "settings.json"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
