@@ -371,8 +371,8 @@ SWAPPED = {"horizontal": {"left": "right", "right": "left", "rigth": "left"},
 SWAPPED["both"] = SWAPPED["horizontal"] | SWAPPED["vertical"]
 # words that tell a side; in a text that parse has understood they are parts of cells and sizes
 SIDES = re.compile(r"(?:left|right|upper|lower|top|bottom)\w*|(?:up|down)(?:wards?)?|above|below|beneath"
-                   r"|under|over|north|south|east|west|o'clock|(?:counter|anti)?clockwise"
-                   r"|(?:horizontal|vertical)(?:ly)?")
+                   r"|under|over|(?:north|south|east|west)\w*|[ns][ew]|quadrants?"
+                   r"|o'?clock|\d{1,2}:\d\d|(?:counter|anti)?clockwise|(?:horizontal|vertical)(?:ly)?")
 
 
 def mirror(what, axis):
@@ -397,6 +397,7 @@ def mirror(what, axis):
         return write(mirror(attributes, axis))
     tokens = [token for sentence in _sentences(what) for token in _tokenise(sentence)]
     words = [word for token in tokens if token.kind == "word" for word in token.value.split("-")]
+    words += re.findall(r"\d+:\d+", what)                   # 9:00, which is two tokens
     understood = not any(SIDES.fullmatch(word) for word in words)
     return swapped(what) if understood and parse(swapped(what)) == mirror(attributes, axis) else None
 

@@ -289,7 +289,9 @@ def test_attributes_and_what_is_written_of_them_are_mirrored_alike(attributes, a
 @pytest.mark.parametrize("text", [
     "a polyp on the left", "the right colon", "upper endoscopy of a polyp", "a polyp at 3 o'clock",
     "a left-sided polyp", "the upper half is red", "a polyp under a fold", "a polyp in the upperleft",
-    "a polyp left of the one in the upper-right", "the topmost polyp", "it moves downwards"])
+    "a polyp left of the one in the upper-right", "the topmost polyp", "it moves downwards",
+    "a polyp in the northwest", "a polyp in the southwestern quadrant", "a polyp in the NW corner",
+    "a polyp at 3 oclock", "a polyp at 9:00", "a polyp in the first quadrant"])
 def test_what_names_a_side_outside_the_grammar_is_not_mirrored(text):
     assert [mirror(text, axis) for axis in AXES] == [None] * 3
 
