@@ -316,7 +316,7 @@ def classifier_of(folder, records, images, labels, args):
 
     Another one in a file that the user named is BadInput; in the default file it is replaced.
     """
-    file = args.classifier or default_file(folder, args.size)
+    file = args.classifier or default_file(folder, args.size, getattr(args, "mirror", None))
     made_of, ours = made_from(folder, records, args)
     if Path(file).is_file():
         if (other := other_than(made_of, file)) is None:
@@ -351,7 +351,7 @@ def is_judge(path):
         return False
 
 
-def default_file(folder, size):
-    """The classifier's file of a data folder, next to that folder."""
+def default_file(folder, size, mirror=None):
+    """The classifier's file of a data folder, next to that folder; mirror: a value of --mirror, or None."""
     folder = Path(folder).resolve()
-    return folder.with_name(f"{folder.name}.judge-{size}.safetensors")
+    return folder.with_name(f"{folder.name}.judge-{size}{f'-mirror-{mirror}' * bool(mirror)}.safetensors")

@@ -488,7 +488,8 @@ def main(argv=None):
 def check_outputs(args):
     """BadInput where a file of a flag, or its default, would replace one of another kind."""
     command = args.command
-    classifier = (args.classifier or default_file(args.real, args.size)) if "classifier" in args else None
+    classifier = (args.classifier or default_file(args.real, args.size, getattr(args, "mirror", None))
+                  ) if "classifier" in args else None
     sheet = (args.sheet or default_sheet(args.fake)) if "sheet" in args else None
     check_replaced(
         out=(getattr(args, "out", None), "a file of judges.py prompts", is_prompts),

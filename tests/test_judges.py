@@ -178,9 +178,11 @@ def test_a_judge_learns_a_place_from_mirrored_images(tmp_path):
         table = json.loads((tmp_path / "t.json").read_text())
         return table, [r for r in table["values"] if r["attribute"] == "place"], table["not_judged"]
 
-    _, rows, reasons = judged(classifier=tmp_path / "a.safetensors")
+    _, rows, reasons = judged()
     assert not rows and reasons == ["place upper-right: fewer than 5 real images show it"]
-    table, [row], reasons = judged(classifier=tmp_path / "b.safetensors", mirror="horizontal")
+    table, [row], reasons = judged(mirror="horizontal")
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == {                # two judges, two files
+        f"real.judge-{SIDE}.safetensors", f"real.judge-{SIDE}-mirror-horizontal.safetensors"}
     assert not reasons and (table["n_train"], table["n_mirrored"], table["mirror"]) == (80, 80, "horizontal")
     assert row["n"] == 12 and row["share"] == pytest.approx(8 / 12)
     assert row["chance"] is None                            # all ask for the same
