@@ -75,8 +75,9 @@ def memorisation(args):
     sheet = args.sheet or default_sheet(args.fake)
     if data.can_write(sheet):
         shown = [*copied_pairs, *((fake_images[j], images[i[j]]) for j in order)][:args.pairs]
-        numbers = [*(c["residual"] for c in copied), *(p["ratio"] for p in pairs)][:args.pairs]
-        write_pairs(sheet, shown, numbers)
+        labels = [*(f"copy, residual {c['residual']:.3g}" for c in copied),
+                  *(f"ratio {p['ratio']:.3g}" for p in pairs)][:args.pairs]
+        write_pairs(sheet, shown, labels)
         print(f"{len(shown)} pairs, copies first, then the closest, generated left, training right: {sheet}")
     else:
         print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
@@ -267,16 +268,16 @@ def nearest(a, b, skip_self=False, chunk=1024):
     return (a - b[index]).norm(dim=1), index                            # anew: d above rounds small distances
 
 
-def write_pairs(path, pairs, numbers, side=128, columns=4, gap=6, line=14):
-    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a number below each."""
+def write_pairs(path, pairs, labels, side=128, columns=4, gap=6, line=14):
+    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a label below each."""
     rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (2 * side + gap) + gap, rows * (side + line + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, (pair, number) in enumerate(zip(pairs, numbers, strict=True)):
+    for k, (pair, label) in enumerate(zip(pairs, labels, strict=True)):
         x, y = gap + k % columns * (2 * side + gap), gap + k // columns * (side + line + gap)
         for j, img in enumerate(pair):
             sheet.paste(Image.fromarray(img.permute(1, 2, 0).numpy()).resize((side, side)), (x + j * side, y))
-        pen.text((x, y + side + 1), f"{number:.3g}", fill="black")
+        pen.text((x, y + side + 1), label, fill="black")
     exif = Image.Exif()
     exif[DESCRIPTION] = SHEET
     with replacing(path) as tmp:

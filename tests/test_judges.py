@@ -447,7 +447,7 @@ def test_a_file_of_the_same_kind_is_replaced(tmp_path):
         judges.main(["prompts", "--out", str(tmp_path / "p.csv"), "--per-value", "1", "--colors", *colors])
     pair = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     for name in ("a.png", "a.jpg"):
-        memorisation.write_pairs(tmp_path / name, [(pair, pair)], [1.0])
+        memorisation.write_pairs(tmp_path / name, [(pair, pair)], ["ratio 1"])
         assert memorisation.is_sheet(tmp_path / name)
 
 
