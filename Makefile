@@ -42,7 +42,7 @@ $(OTHERS): | $(INSTALL)
 
 # For a judge: it can tell three polyps only if it has seen four.
 $(JUDGED): | $(INSTALL)
-	$(PY) phantom.py --out data/phantom-judge --n 6000 --size 64 --seed 1 --max-polyps 8
+	$(PY) phantom.py --out data/phantom-judge --n 6000 --size 64 --seed 2 --max-polyps 8
 
 phantom: $(PHANTOM)  ## render the built-in data: 8,000 phantoms
 
@@ -78,6 +78,14 @@ train-msdm: $(INSTALL) $(if $(DATA),,$(PHANTOM))  ## train MSDM on DATA at SIZE 
 sample: $(INSTALL)  ## sample 16 images of PROMPT with CKPT into SAMPLES
 	$(PY) sampler.py --ckpt "$${CKPT:-$(OUT_MSDM)/best.safetensors}" --prompt "$(call prompt,1 instrument)" -n 16 --grid \
 	  --out "$${SAMPLES:-out/sample}" $(FLAGS)
+
+EVAL := out/faithfulness
+
+faithfulness: $(INSTALL) $(JUDGED)  ## what images of CKPT show of what they were asked for, by a judge of other phantoms
+	$(PY) judges.py prompts --out $(EVAL).csv
+	$(PY) sampler.py --ckpt "$${CKPT:-$(OUT_MSDM)/best.safetensors}" --prompts $(EVAL).csv --seed 10000 --solver dpmpp --steps 20 \
+	  --out "$${SAMPLES:-$(EVAL)}"
+	$(PY) judges.py faithfulness --real data/phantom-judge --fake "$${SAMPLES:-$(EVAL)}" $(FLAGS)
 
 metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WEIGHTS=FILE or rule)
 	$(call needs,REAL,FOLDER)

@@ -36,6 +36,16 @@ def test_size_reaches_both_trainings():
     assert not any("--size" in line for line in made_commands("train-msdm", "DATA=x"))
 
 
+def test_faithfulness_samples_what_it_judges_by_phantoms_that_nothing_else_uses():
+    prompts, sampled, judged = made_commands("faithfulness", "CKPT=some $file", "FLAGS=--json t")[-3:]
+    assert prompts == "judges.py prompts --out out/faithfulness.csv"
+    assert sampled == ("sampler.py --ckpt some $file --prompts out/faithfulness.csv --seed 10000 "
+                       "--solver dpmpp --steps 20 --out out/faithfulness")
+    assert judged == "judges.py faithfulness --real data/phantom-judge --fake out/faithfulness --json t"
+    drawn = re.findall(r"phantom\.py .*--seed (\d+)( --max-polyps 8)?", (ROOT / "Makefile").read_text())
+    assert sorted(drawn) == [("0", ""), ("0", ""), ("1", ""), ("2", " --max-polyps 8")]
+
+
 def test_the_experiments_run_on_built_in_data_unless_values_are_given():
     said = made_commands("ablation")
     assert said[-1] == ("experiments.py ablation --preset tiny --data data/phantom --real "
