@@ -101,7 +101,10 @@ TRACTS = {"lower-gi-tract": "colonoscopy", "upper-gi-tract": "gastroscopy"}
 
 def polyps_in(mask) -> list[list[str]]:
     """The cells of every polyp in a boolean mask (h, w): those of the 3x3 grid that hold at least COVERS of
-    its area, and always the fullest. A polyp is an 8-connected component no smaller than SPECK."""
+    its area, and always the fullest. A polyp is an 8-connected component no smaller than SPECK.
+
+    The grid is the frame's own, as people see it who name a place. A training sees the frame padded to a
+    square, where a fifth of Kvasir-SEG's images would get another cell, most often one fewer."""
     h, w = mask.shape
     components, n = label(mask, np.ones((3, 3)))
     polyps = []
