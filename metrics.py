@@ -32,7 +32,7 @@ from tqdm import tqdm
 import imageclef
 import spaces
 import training
-from data import SUFFIXES, batches, check_writable, read_ahead
+from data import SUFFIXES, batches, check_writable, files_in, read_ahead
 from distances import (
     as_features,
     as_moment,
@@ -128,14 +128,14 @@ def shuffled(features, rng):
 
 
 def image_files(folder, quiet=False):
-    """The images of a data folder (in its images/) or of a plain folder, sorted. Other files are left out,
-    which a line says unless quiet."""
+    """The images of a data folder (in its images/) or of a plain folder, sorted, links to nowhere among them.
+    Other files are left out, which a line says unless quiet."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, expected one of images")
     root = folder / "images" if (folder / "images").is_dir() else folder
     files = sorted(p for p in root.iterdir() if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in SUFFIXES]
+    images = files_in(root)
     if not images:
         raise BadInput(f"{root}: holds no images ({', '.join(SUFFIXES)})")
     others = [p.name for p in files if p.suffix.lower() not in SUFFIXES]
