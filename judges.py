@@ -454,9 +454,11 @@ def parse(argv):
     p.add_argument("--classifier", type=Path, help="file of their classifier; unset, one beside --real")
     p = command(memorisation, "memorisation", "whether generated images are copies of training images")
     common(p, "--train", "data folder that the model was trained on", trains=False)
+    p.add_argument("--captions", type=Path, help="captions file that the model was trained with, when it is "
+                   "not the folder's own")
     p.add_argument("--weights", help='Inception, not thumbnails, as features: a weights file or "published"')
     p.add_argument("--sheet", type=Path, help="image file of the closest pairs; unset, closest.png by --fake")
-    p.add_argument("--pairs", type=int, default=24, help="number of closest pairs to show")
+    p.add_argument("--pairs", type=int, default=24, help="number of closest pairs to show, at most 1000")
     p = command(write_prompts, "prompts", "write the evaluation prompts of faithfulness as a csv file")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
     p.add_argument("--per-value", type=int, default=20, help="number of prompts for each value")
@@ -469,7 +471,10 @@ def parse(argv):
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
         check_range(args, -2**63, 2**64 - 1, "seed")
-    at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
+        check_range(args, 1, 1000, *["pairs"] * ("pairs" in args))  # a JPEG ends at 65,535 rows of pixels
+    at_least_one(args, *(name for name in ("steps", "per_value") if name in args))
+    if args.command == "prompts" and args.out.suffix.lower() == ".txt":
+        raise BadInput(f"--out {args.out}: a .txt is read as one prompt a line, this is a table; name a .csv")
     return args
 
 

@@ -42,9 +42,11 @@ def memorisation(args):
 
     "Too close" is our rule: see rows_of. Authentic (Alaa et al.): a ratio above 1.
     """
-    train = image_records(args.train)
-    total = None if args.held_out else len(train)
-    train, held_out = (train, image_records(args.held_out)) if args.held_out else data.split(train)
+    if args.captions and args.held_out:
+        raise BadInput("--captions says how a training divided its images, --held-out names others; give one")
+    train, held_out = (image_records(args.train), image_records(args.held_out)) if args.held_out else (
+        as_in_training(args.train, args.captions))
+    total = None if args.held_out else len(train) + len(held_out)
     if len(train) < 2 or len(held_out) < FEWEST:
         raise BadInput(f"expected at least 2 training images and {FEWEST} held out, got {len(train)} "
                        f"of {args.train} and {len(held_out)} of {args.held_out or args.train}")
@@ -72,6 +74,15 @@ def memorisation(args):
     order = torch.minimum(d / near, d / radius[i] / near_ratio).argsort()[:args.pairs].tolist()
     pairs = [{"generated": fake[j].name, "training": train[i[j]].name, "distance": float(d[j]),
               "ratio": float(d[j] / radius[i[j]])} for j in order]
+    flagged = conclusion.startswith("COPIES")
+    if args.json:
+        write_table(args.json, {
+            "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
+            "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
+            "near": float(near), "near_ratio": float(near_ratio), "copy": limit, "copies": copied,
+            "held_out_near_duplicates": [held_out[k].name for k in frames],
+            "false_alarms": tested[0], "false_alarms_of": tested[1],
+            "verdict": conclusion, "flagged": flagged, "rows": rows, "pairs": pairs})
     sheet = args.sheet or default_sheet(args.fake)
     if data.can_write(sheet):
         shown = [*copied_pairs, *((fake_images[j], images[i[j]]) for j in order)][:args.pairs]
@@ -82,15 +93,6 @@ def memorisation(args):
     else:
         print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
               file=sys.stderr)
-    flagged = conclusion.startswith("COPIES")
-    if args.json:
-        write_table(args.json, {
-            "train": str(args.train), "held_out": str(args.held_out or "10 % of train"),
-            "fake": str(args.fake), "features": named, "size": args.size, "seed": args.seed,
-            "near": float(near), "near_ratio": float(near_ratio), "copy": limit, "copies": copied,
-            "held_out_near_duplicates": [held_out[k].name for k in frames],
-            "false_alarms": tested[0], "false_alarms_of": tested[1],
-            "verdict": conclusion, "flagged": flagged, "rows": rows, "pairs": pairs})
     return int(flagged)
 
 
@@ -222,12 +224,33 @@ def verdict(generated, real, altered, n_copies):
 
 def default_sheet(fake):
     """closest.png in a data folder; beside a plain folder, where it would be taken for one of its images."""
-    return fake / "closest.png" if (fake / "images").is_dir() else fake.with_name(f"{fake.name}-closest.png")
+    if (fake / "images").is_dir():
+        return fake / "closest.png"
+    fake = fake.absolute()                                  # "." has no name
+    return fake.with_name(f"{fake.name}-closest.png")
 
 
 def image_records(folder):
     """Records, without prompts, of the images of a data folder or of a plain folder."""
     return [data.Record(path, path.name, []) for path in metrics.image_files(folder)]
+
+
+def as_in_training(folder, captions=None):
+    """(records to train on, those held out): as a training divides the images that its captions name.
+
+    Any other image is one to train on: nobody knows what it was used for, and a copy of it must not pass.
+    Without a captions file all images are divided.
+    """
+    records = image_records(folder)
+    if not (captions or any(folder.glob("*.csv")) or (folder / "metadata.jsonl").is_file()):
+        return data.split(records)
+    captioned = data.read_folder(folder, captions)
+    named = {r.name for r in captioned}
+    if others := [r for r in records if r.name not in named]:
+        print(f"{folder}: {len(others)} of {len(records)} images have no prompt; they count as images to "
+              "train on", file=sys.stderr)
+    train, held_out = data.split(captioned)
+    return [*train, *others], held_out
 
 
 def thumbnails_or_inception(args):

@@ -5,6 +5,8 @@ from command import BadInput
 import csv
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -575,6 +577,30 @@ def test_a_training_image_among_the_generated_is_a_copy(toy, tmp_path, capsys, c
     assert f"{copy.name}: {original.name} {named['form']}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("captions", [None, "some.csv"])
+def test_what_a_training_saw_is_divided_as_the_training_divides_it(toy, tmp_path, capsys, captions):
+    records = data.read_folder(toy / "real")
+    (tmp_path / "images").symlink_to(toy / "real/images")
+    file = tmp_path / (captions or "prompt-gt.csv")
+    write_rows(tmp_path / "prompt-gt.csv", [(r.prompts[0], r.name) for r in records])
+    write_rows(file, [(r.prompts[0], r.name) for r in records[::2]])
+    train, held_out = memorisation.as_in_training(tmp_path, captions and file)
+    assert [r.name for r in held_out] == [r.name for r in data.split(data.read_folder(tmp_path, file))[1]]
+    assert {r.name for r in train} == {r.name for r in records} - {r.name for r in held_out}
+    assert f"{tmp_path}: 120 of 240 images have no prompt; they count as" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="--captions .*give one"):
+        run("memorisation", train=tmp_path, held_out=toy / "other", fake=toy / "fake", captions=file)
+
+
+def test_links_to_nowhere_are_unreadable_images(toy, tmp_path):
+    shutil.copytree(toy / "real", tmp_path / "real")
+    for i in range(20):
+        (tmp_path / f"real/images/{i:06d}.png").unlink()
+        (tmp_path / f"real/images/{i:06d}.png").symlink_to(tmp_path / "moved" / f"{i}.png")
+    with pytest.raises(BadInput, match="20 of 240 images"):
+        run("memorisation", train=tmp_path / "real", held_out=toy / "other", fake=toy / "fake")
+
+
 def test_near_duplicates_that_are_held_out_are_counted_apart(toy):
     images, _ = data.load_images(data.read_folder(toy / "real")[:60], SIDE)
     again = [images[3], images[4].flip(-1), images[5].roll((1, 1), (1, 2))]
@@ -712,10 +738,20 @@ def test_places_that_cannot_be_written_are_refused_at_once(toy, tmp_path):
                 **{flag: tmp_path / "file" / "x.png"})
 
 
-def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path):
+def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     assert memorisation.default_sheet(tmp_path) == tmp_path / "closest.png"
     assert memorisation.default_sheet(tmp_path / "images") == tmp_path / "images-closest.png"
+    monkeypatch.chdir(tmp_path / "images")
+    assert memorisation.default_sheet(Path()) == tmp_path / "images-closest.png"
+
+
+def test_more_pairs_than_a_jpeg_holds_and_prompts_in_a_txt_file_are_refused(toy, tmp_path):
+    with pytest.raises(BadInput, match="--pairs 1001: .* up to 1000"):
+        run("memorisation", train=toy / "real", fake=toy / "fake", pairs=1001)
+    memorisation.write_pairs(tmp_path / "s.jpg", [(torch.zeros(3, 8, 8).byte(),) * 2] * 1000, ["x"] * 1000)
+    with pytest.raises(BadInput, match="--out .*p.txt: a .txt file is read as"):
+        judges.main(["prompts", "--out", str(tmp_path / "p.txt")])
 
 
 def test_a_strange_size_is_refused(toy):
