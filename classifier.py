@@ -77,6 +77,20 @@ def from_line(line: dict) -> dict:
             "sizes": [p["size"] for p in polyps], "paris": [p["paris"] for p in polyps]}
 
 
+KNOWN = {"procedure": ATTRIBUTES["procedure"][1], "box": (False, True), "text": (False, True),
+         "abnormality_cells": prompts.CELLS, "colors": prompts.COLORS, "sizes": prompts.SIZES,
+         "paris": prompts.PARIS}
+
+
+def unknown_value(attributes: dict):
+    """What a line's attributes hold that is no value of them, in words, or None."""
+    for key, known in KNOWN.items():
+        values = attributes[key] if isinstance(attributes[key], list) else [attributes[key]]
+        if wrong := [value for value in values if value not in known]:
+            return f"{key} {wrong[0]!r:.60}, expected {', '.join(map(str, known))}"
+    return None
+
+
 def count_value(n_polyps: int) -> str:
     """The value of the attribute "count"."""
     return str(n_polyps) if str(n_polyps) in ATTRIBUTES["count"][1] else "more"
@@ -176,10 +190,14 @@ def read_attributes(folder):
             continue
         line = json_line(path, i, text)
         try:
-            from_line(line)
+            fault = unknown_value(from_line(line))
+            if line["file_name"] in lines:
+                fault = f"{line['file_name']} stands there twice"
             lines[line["file_name"]] = line
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{path}, row {i}: expected an image's attributes ({error!r:.100})") from None
+        if fault:
+            raise BadInput(f"{path}, row {i}: {fault}")
     return lines
 
 

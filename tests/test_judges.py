@@ -5,6 +5,7 @@ from command import BadInput
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -763,4 +764,24 @@ def test_a_strange_size_is_refused(toy):
 def test_a_row_of_attributes_that_cannot_be_used_is_one_line(tmp_path, row):
     (tmp_path / "attributes.jsonl").write_text("\n" + row + "\n")
     with pytest.raises(BadInput, match="attributes.jsonl, row 2: "):
+        classifier.read_attributes(tmp_path)
+
+
+@pytest.mark.parametrize("key, wrong, said", [
+    ("file_name", "a.png", "a.png stands there twice"),
+    ("box", "yes", "box 'yes', expected False, True"),
+    ("procedure", "Colonoscopy", "procedure 'Colonoscopy', expected colonoscopy, gastroscopy"),
+    ("cells", ["Center"], "abnormality_cells 'Center', expected upper-left, "),
+    ("size", "5-10 mm", "sizes '5-10 mm', expected < 5mm, "), ("size", None, "sizes None, expected"),
+    ("colors", ["rosa"], "colors 'rosa', expected pink, "), ("paris", "Is", "paris 'Is', expected is, ")])
+def test_attributes_that_contradict_or_are_no_values_are_refused(tmp_path, key, wrong, said):
+    polyp = {"cells": ["center"], "size": "5-10mm", "paris": "is", "colors": ["pink"]}
+    line = {"file_name": "b.png", "procedure": "colonoscopy", "polyps": [polyp], "instruments": [],
+            "box": False, "text": True}
+    other = line | ({"polyps": [polyp | {key: wrong}]} if key in polyp else {key: wrong})
+    path = tmp_path / "attributes.jsonl"
+    path.write_text("\n".join(map(json.dumps, (line | {"file_name": "a.png"}, line))))
+    assert list(classifier.read_attributes(tmp_path)) == ["a.png", "b.png"]
+    path.write_text("\n".join(map(json.dumps, (line | {"file_name": "a.png"}, other))))
+    with pytest.raises(BadInput, match=f"attributes.jsonl, row 2: {re.escape(said)}"):
         classifier.read_attributes(tmp_path)
