@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import prompts as grammar
 from duplicates import near_duplicates, seen
-from files import json_line, read_text, replacing, text_hash, write_csv
+from files import json_line, read_text, refuse_other_rows, replacing, text_hash, write_csv
 from pixels import batches as batches
 from pixels import in_parallel, note, open_image, preprocess
 from pixels import read_ahead as read_ahead
@@ -518,9 +518,17 @@ def write_grid(path, images, columns=None, gap=2):
     write_image(path, sheet)
 
 
+CAPTIONS = ("Prompt", "Filename")       # the columns of prompt-gt.csv
+
+
+def refuse_other_captions(folder, rows):
+    """BadInput where folder/prompt-gt.csv holds other (prompt, file name) rows than these."""
+    refuse_other_rows(Path(folder) / "prompt-gt.csv", CAPTIONS, rows, ";")
+
+
 def write_captions(folder, rows):
     """(prompt, file name) rows into folder/prompt-gt.csv, atomically."""
-    write_csv(Path(folder) / "prompt-gt.csv", ("Prompt", "Filename"), rows, ";")
+    write_csv(Path(folder) / "prompt-gt.csv", CAPTIONS, rows, ";")
 
 
 # Check

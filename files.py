@@ -104,14 +104,14 @@ def _is_running(pid):
 
 
 def read_json(path):
-    """The object in a JSON file, as a dict; BadInput for anything else."""
+    """The object in a JSON file, as a dict; BadInput for anything else, a key that stands there twice too."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     if path.stat().st_size > LARGEST_JSON:
         raise BadInput(f"{path}: expected a JSON file of at most {LARGEST_JSON >> 20} MiB")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each)
     except (OSError, ValueError) as error:
         if isinstance(error, json.JSONDecodeError):
             refuse_pointer(path)
@@ -126,6 +126,20 @@ def read_json(path):
 def write_csv(path, header, rows, delimiter=","):
     with replacing(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         csv.writer(f, delimiter=delimiter, lineterminator="\n").writerows([header, *rows])
+
+
+def refuse_other_rows(path, header, rows, delimiter=","):
+    """BadInput where a csv file is there with other rows than would replace them: somebody's work perhaps."""
+    if not Path(path).is_file():
+        return
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            there = list(csv.reader(f, delimiter=delimiter))
+    except (UnicodeDecodeError, csv.Error):
+        there = None
+    if there != [list(header), *([str(field) for field in row] for row in rows)]:
+        raise BadInput(f"{path}: holds other rows than this command writes, edited or of other settings; "
+                       "they are kept: give another --out, or move the file away and run the command again")
 
 
 def read_text(path):

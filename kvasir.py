@@ -346,8 +346,9 @@ def convert_hyper(src, out):
     if not table.is_file() or not any(spelled(p.name) in TRACTS for p in src.iterdir()):
         raise BadInput(f"{src}: expected the folder labeled-images of HyperKvasir, which holds "
                        f"image-labels.csv, {' and '.join(TRACTS)}")
-    labels = {name: spelled(finding)
-              for _, (name, finding) in data.csv_rows(table, (("video file",), True), (("finding",), True))}
+    labels = defaultdict(set)
+    for _, (name, finding) in data.csv_rows(table, (("video file",), True), (("finding",), True)):
+        labels[name].add(spelled(finding))
     tracts = {p: TRACTS[spelled(p.name)] for p in sorted(src.iterdir()) if spelled(p.name) in TRACTS}
     images = {p: procedure for tract, procedure in tracts.items() for folder in sorted(tract.glob("*/*"))
               if folder.is_dir() for p in data.files_in(folder)}
@@ -356,15 +357,16 @@ def convert_hyper(src, out):
         raise BadInput(f"{src}: expected each name once, got {' and '.join(same)}")
     found = {}
     for path, procedure in images.items():
-        own, label = spelled(path.parent.name), labels.pop(path.stem, None)
+        own, said = spelled(path.parent.name), sorted(labels.pop(path.stem, ()))
+        known = [label for label in said if label in CLASSES]
         if own not in CLASSES:
             left_out["images of a class that is not known"][own] += 1
-        elif label in CLASSES and CLASSES[label] != CLASSES[own]:
-            left_out["images whose folder and row name different classes"][f"{own}, {label}"] += 1
+        elif others := [label for label in known if CLASSES[label] != CLASSES[own]]:
+            left_out["images whose folder and row name different classes"][f"{own}, {others[0]}"] += 1
         else:
-            if label not in CLASSES:
+            if not known:
                 left_out["images without a row of a known class, whose folder was believed"][
-                    f"{path.name}, {label or 'no row'}"] += 1
+                    f"{path.name}, {', '.join(said) or 'no row'}"] += 1
             facts = [{"contains": [CLASSES[own]]}] * bool(CLASSES[own])
             facts += [{"procedure": procedure}]
             found[path] = [prompts.write(fact) for fact in facts]
@@ -404,11 +406,13 @@ def check_out(src, out, images):
 
 def write_folder(out, found, terms, left_out=None):
     """Copy images and write their prompts, {path: [prompt, ...]}; print what was found and left out."""
+    rows = [(prompt, path.name) for path, own in found.items() for prompt in own]
+    data.refuse_other_captions(out, rows)
     for path in tqdm(found, "copying", unit="image", delay=2, leave=False, disable=None):
         with replacing(Path(out) / "images" / path.name) as tmp:
             shutil.copyfile(path, tmp)
-    data.write_captions(out, [(prompt, path.name) for path, own in found.items() for prompt in own])
-    print(f"{out}: {len(found)} images, {sum(map(len, found.values()))} prompts")
+    data.write_captions(out, rows)
+    print(f"{out}: {len(found)} images, {len(rows)} prompts")
     for why, names in (left_out or {}).items():
         if names:
             most = ", ".join(f"{name} ({n})" if n > 1 else name for name, n in names.most_common(3))

@@ -494,12 +494,15 @@ def check_out(out, n):
     return found
 
 
-def check_same(out, found, size, lines):
-    """Refuse another phantom; of the same one, remove what a killed run left half written."""
+def check_same(out, found, size, lines, captions):
+    """Refuse another phantom and edited captions; of the same, remove what a killed run left half written."""
     if found and ("attributes.jsonl" not in found
                   or (out / "attributes.jsonl").read_bytes() != lines.encode()):
         raise BadInput(f"{out}: expected an empty folder or this same phantom, "
                        "found another (--n, --seed, --max-polyps or version)")
+    if "prompt-gt.csv" in found and (out / "prompt-gt.csv").read_bytes() != captions.encode():
+        raise BadInput(f"{out / 'prompt-gt.csv'}: expected the prompts of this phantom, found others, edited "
+                       "perhaps; move the file away and run the command again")
     for name in sorted(f for f in found if f.endswith(".png"))[:1]:       # an unreadable one is written anew
         with suppress(OSError), Image.open(out / name) as img:
             if img.size != (size, size):
@@ -553,7 +556,8 @@ def main(argv=None):
         drawn = {"seed": args.seed, "max_polyps": args.max_polyps}
         words = pool.map(partial(make_words, **drawn), range(args.n), chunksize=10)
         lines, rows = zip(*tqdm(words, total=args.n, desc="scenes", unit="image"), strict=True)
-        check_same(args.out, found, args.size, "".join(lines))
+        captions = "Prompt;Filename\n" + "".join(rows)
+        check_same(args.out, found, args.size, "".join(lines), captions)
         # attributes.jsonl comes first: check_same of a later run compares it. prompt-gt.csv comes last, when
         # folder is complete.
         with replacing(args.out / "attributes.jsonl") as tmp:
@@ -564,7 +568,7 @@ def main(argv=None):
         for _ in tqdm(made, total=args.n, desc="images", unit="image"):
             pass
     with replacing(args.out / "prompt-gt.csv") as tmp:
-        tmp.write_text("Prompt;Filename\n" + "".join(rows), encoding="utf-8")
+        tmp.write_text(captions, encoding="utf-8")
     print(f"{args.out}: {args.n} images, {''.join(rows).count(';')} prompts")
 
 

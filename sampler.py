@@ -16,7 +16,6 @@
 from command import BadInput, at_least_one, check_range, fast_dtype, run_command
 
 import argparse
-import csv
 import math
 import os
 import re
@@ -41,9 +40,10 @@ from files import (
     file_hash,
     folder_hash,
     read_json,
+    refuse_other_rows,
     remove_unfinished,
-    replacing,
     text_hash,
+    write_csv,
 )
 from weights import check_kind, fetch, kind_of, prior_part
 
@@ -183,10 +183,10 @@ def claim_folder(out, settings, prompts, seed):
         check_folder(out, settings)  # by now another sampler may have claimed it
     remove_unfinished(out, "config.json", "prompts.csv", "grid.png", "t5-*.safetensors")
     remove_unfinished(out / "images", "[0-9]*.png")
-    with replacing(out / "prompts.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        rows = csv.writer(f)
-        rows.writerow(["Filename", "Prompt", "Seed"])
-        rows.writerows([f"{i:06d}.png", p, seed + i] for i, p in enumerate(prompts))
+    table = out / "prompts.csv", ("Filename", "Prompt", "Seed"), [
+        (f"{i:06d}.png", p, seed + i) for i, p in enumerate(prompts)]
+    refuse_other_rows(*table)
+    write_csv(*table)
 
 
 def is_whole(file, expected):

@@ -306,6 +306,7 @@ HEAD = "img_id,question,answer\n"
     (lambda src: (src / "metadata.csv").rename(src / "t.jsonl"), "t.jsonl, row 1: not JSON"),
     (lambda src: (src / "c.json").write_text('{"a": ["red"]}'), "c.json, 'a': expected {img_id"),
     (lambda src: (src / "c.json").write_text('{"a": {"b": [1]}}'), "c.json, 'a', 'b': expected {img_id"),
+    (lambda src: (src / "c.json").write_text('{"a": {}, "a": {}}'), "c.json: .*'a' stands there twice"),
 ])
 def test_vqa_refuses_before_it_writes(tmp_path, break_it, message):
     src, out = vqa_folder(tmp_path / "src", [("x", "Is there text?", "no", "a")]), tmp_path / "out"
@@ -350,6 +351,29 @@ def test_classes_become_prompts(tmp_path, capsys):
                  "1 images without a row of a known class, whose folder was believed: of-z-line.jpg, no row",
                  "1 rows without their image: lost"):
         assert line in said, line
+
+
+def test_rows_that_contradict_each_other_leave_their_image_out_in_any_order(tmp_path, capsys):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    with open(src / "image-labels.csv", "a", encoding="utf-8") as f:
+        f.write("of-polyps,Lower GI,cecum,x\nof-hemorrhoids,Lower GI,hemorrhoids,x\n")
+    kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
+    names = {r.name for r in data.read_folder(out)}
+    assert "of-polyps.jpg" not in names and "of-hemorrhoids.jpg" in names
+    assert "1 images whose folder and row name different classes: polyps, cecum" in capsys.readouterr().out
+
+
+def test_captions_that_somebody_wrote_are_kept(tmp_path):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    command = ["hyper", "--src", str(src), "--out", str(out)]
+    for _ in range(2):                                      # the same again is no edit
+        kvasir.main(command)
+    with open(out / "prompt-gt.csv", "a", encoding="utf-8") as f:
+        f.write("An expert's sentence.;of-polyps.jpg\n")
+    before = (out / "prompt-gt.csv").read_bytes()
+    with pytest.raises(BadInput, match="prompt-gt.csv: holds other rows than this command writes.*are kept"):
+        kvasir.main(command)
+    assert (out / "prompt-gt.csv").read_bytes() == before
 
 
 def test_a_row_may_spell_its_class_in_another_way(tmp_path, capsys):

@@ -242,6 +242,16 @@ def test_attributes_of_somebody_else_are_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_edited_captions_are_kept(folder):
+    before = files(folder)
+    with open(folder / "prompt-gt.csv", "a", encoding="utf-8") as f:
+        f.write("An expert's sentence.;000000.png\n")
+    with pytest.raises(data.BadInput, match="prompt-gt.csv: expected the prompts of this phantom"):
+        phantom.main(["--out", str(folder), "--n", "12", "--size", "32", "--seed", "3"])
+    assert "An expert's" in (folder / "prompt-gt.csv").read_text(encoding="utf-8")
+    (folder / "prompt-gt.csv").write_bytes(before["prompt-gt.csv"])
+
+
 @pytest.mark.parametrize("other", [("--n", "11"), ("--seed", "4"), ("--size", "48"), ("--max-polyps", "8")])
 def test_another_phantom_is_refused(folder, other):
     before = files(folder)

@@ -130,6 +130,20 @@ def test_a_folder_is_refused_before_the_model_is_loaded(loads, tmp_path):
     assert not loads and [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
+def test_a_table_of_prompts_that_somebody_went_on_with_is_kept(tmp_path):
+    settings = {"prompts": "0", "solver": "ddim", "seed": 1}
+    for _ in range(2):
+        sampler.claim_folder(tmp_path / "o", settings, ["a", "b, c"], 1)
+    table = tmp_path / "o/prompts.csv"
+    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))     # as earlier versions wrote it
+    sampler.claim_folder(tmp_path / "o", settings, ["a", "b, c"], 1)
+    rated = table.read_text().replace("Seed", "Seed,Rating")
+    table.write_text(rated)
+    with pytest.raises(BadInput, match="prompts.csv: holds other rows"):
+        sampler.claim_folder(tmp_path / "o", settings, ["a", "b, c"], 1)
+    assert table.read_text() == rated
+
+
 def test_two_samplers_in_one_folder_agree_or_one_is_refused(tmp_path):
     """As if both had looked into the empty folder before either wrote."""
     outcomes = []
