@@ -287,7 +287,7 @@ def start_run(args, world, fingerprint, network, **more):
     elif args.init:
         settings["init_hash"] = adapters.adapter_hash(adapters.located(args.init))
         settings["init_settings"] = asdict(network.lora_config)
-    return training.Run(args.out, settings, fingerprint, world, f"LoRA adapter ({args.network})",
+    return training.Run(args.out, settings, fingerprint, world, f"{KIND} ({args.network})",
                         args.from_run)
 
 
@@ -417,6 +417,7 @@ def merge(args):
 
 # The command
 
+KIND = "LoRA adapter"  # what a run is called
 COMMON = {"steps": 10_000, "lr": 1e-4, "warmup": 0, "cosine": False, "ema_decay": 0.999}
 TRAINING = {  # defaults of Kandinsky's flags
     "prior": COMMON | {"batch_size": 32, "p_uncond": 0.1, "size": 512},
@@ -500,7 +501,7 @@ def parse(argv):
     add_adapter_commands(networks)
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in parsers:
-        words = [words[0], *training.repeated(parsers[words[0]], words[1:])]
+        words = [words[0], *training.repeated(parsers[words[0]], words[1:], KIND)]
     args = parser.parse_args(words)
     if args.network in parsers:
         training.check_flags(args)

@@ -27,7 +27,6 @@ from command import BadInput, run_command
 
 import argparse
 import filecmp
-import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -410,7 +409,7 @@ def write_folder(out, found, terms, left_out=None):
     data.refuse_other_captions(out, rows)
     for path in tqdm(found, "copying", unit="image", delay=2, leave=False, disable=None):
         with replacing(Path(out) / "images" / path.name) as tmp:
-            shutil.copyfile(path, tmp)
+            tmp.write_bytes(path.read_bytes())              # shutil names the source when the disk is full
     data.write_captions(out, rows)
     print(f"{out}: {len(found)} images, {len(rows)} prompts")
     for why, names in (left_out or {}).items():

@@ -174,6 +174,7 @@ class MSDM(nn.Module):
 
 
 FORMAT = 2  # of the files that this code writes
+KIND = "MSDM"  # what a run is called
 
 
 def load_meta(path):
@@ -453,7 +454,7 @@ def train(args):
     text = base.text if base else frozen
     settings = training.settings_of(args) | {
         "source": source, "text_weights": text.weights if text and not text.in_checkpoint else "train"}
-    run = training.Run(args.out, settings, fingerprint, world, "MSDM", args.from_run)
+    run = training.Run(args.out, settings, fingerprint, world, KIND, args.from_run)
     latents, train_records, val_latents, val_records = both_latents(
         train_records, val_records, args, vae, source, run.folder, world)
     torch.manual_seed(training.step_seed("weights", args.seed))
@@ -571,7 +572,7 @@ def parse(argv):
                         help="compile the U-Net: minutes before the first step, faster steps on a GPU")
     add_flags(parser, flag)
     selection.add_flags(parser)
-    args = parser.parse_args(training.repeated(parser, argv))
+    args = parser.parse_args(training.repeated(parser, argv, KIND))
     training.check_flags(args)
     if (args.vae is None) == (args.init is None):
         raise BadInput("give either --vae CHECKPOINT or --init CHECKPOINT")

@@ -93,7 +93,7 @@ class Run:
         self.state_file = self.folder / "state.pt"
         settings = json.loads(json.dumps(settings, default=str))
         self.batch_size = settings.get("batch_size")
-        self.config = {"settings": settings, "data": fingerprint, "versions": versions(),
+        self.config = {"kind": kind, "settings": settings, "data": fingerprint, "versions": versions(),
                        "commit": git_commit(), "images_a_step": (self.batch_size or 1) * world.size}
         with world.together():
             self.old = read_run(self.folder)
@@ -264,7 +264,11 @@ class Run:
         state = {"step": step, "best": self.best, "optimiser": opt.state_dict(), "ema": ema and ema.average,
                  "weights": {k: tensor.detach() for k, tensor in weights.items()}}
         with replacing(self.state_file) as tmp:
-            torch.save(state, tmp)
+            try:
+                torch.save(state, tmp)
+            except RuntimeError as error:                   # what torch says of a full disk
+                raise BadInput(f"{self.state_file}: cannot be written, is the disk full? "
+                               f"({reason(error):.100})") from None
 
     def keep(self, step, val_loss, save, **values):
         """Log a validation; save("last"), and save("best") if its loss is the lowest so far. Rank 0 saves."""
@@ -374,10 +378,11 @@ data, an image may not show what its prompt says, and it may come close to an im
 def write_card(run, step, val_loss):
     """MODEL_CARD.md of a run: what it was trained on and how, without the paths of this machine.
 
-    The part below CARD_END is for the reader to fill; a file without that line is left alone.
+    The part below CARD_END is for the reader to fill; a file without that line is left alone. Bytes that are
+    no UTF-8 stay what they are, in a reader's text and in names.
     """
     path, settings = run.folder / "MODEL_CARD.md", run.config["settings"]
-    old = path.read_text(encoding="utf-8") if path.exists() else CARD
+    old = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else CARD
     if CARD_END not in old:
         return
 
@@ -400,4 +405,4 @@ of the data; the loss compares checkpoints of this run, not models.
 {table}
 """
     with replacing(path) as tmp:
-        tmp.write_text(head + old[old.index(CARD_END):], encoding="utf-8")
+        tmp.write_text(head + old[old.index(CARD_END):], encoding="utf-8", errors="surrogateescape")

@@ -572,11 +572,10 @@ def add_flags(parser, presets):
     return flag
 
 
-def repeated(parser, argv):
+def repeated(parser, argv, kind):
     """The command line argv (None: this process's) after the words that --from-run's run stands for.
 
-    parser: of the command. Settings that are no flags of it, hashes for example, are not repeated.
-    """
+    parser: of the command; kind: what its runs are called. Settings that are no flags are left out."""
     argv = sys.argv[1:] if argv is None else list(argv)
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--from-run")
@@ -585,6 +584,8 @@ def repeated(parser, argv):
         return argv
     if (config := read_run(folder)) is None:
         raise BadInput(f"--from-run {folder}: no config.json, expected the folder of a training run")
+    if not str(was := config.get("kind", kind)).startswith(kind):       # an older run does not say it
+        raise BadInput(f"--from-run {folder}: a training of {was!r:.60}, expected one of {kind!r}")
     words, settings = [], dict(config["settings"])
     if settings.get("epochs") is not None:  # the steps of the run are computed of them
         settings.pop("epochs" if any(word.partition("=")[0] == "--steps" for word in argv) else "steps")

@@ -215,6 +215,7 @@ def loss_fn(vae, img, eps, perceptual, kl_weight, l1_weight, half_weight):
 # Checkpoints
 
 FORMAT = 2  # of the files that this code writes
+KIND = "Autoencoder"  # what a run is called
 
 
 def metadata(vae):
@@ -326,7 +327,7 @@ def train(args):
         val_images = data.Images(val_records, args.size, args.crop, total=total)
     settings = training.settings_of(args) | {"perceptual_weights": perceptual_hash,
                                              "network": asdict(vae.config)}
-    run = training.Run(args.out, settings, fingerprint, world, "Autoencoder", args.from_run)
+    run = training.Run(args.out, settings, fingerprint, world, KIND, args.from_run)
 
     params = dict(vae.named_parameters())
     opt = Optimizers(params, args.lr, args.muon_lr, adamw_only=("down.0.", "to_img", "to_half"))
@@ -381,7 +382,7 @@ def main(argv=None):
     flag("jitter", "brightness and contrast change, 0 to 1", type=float)
     parser.add_argument("--perceptual", default="auto",
                         help="VGG-16 weights: a file, off, or auto (torchvision's cache)")
-    args = parser.parse_args(training.repeated(parser, argv))
+    args = parser.parse_args(training.repeated(parser, argv, KIND))
     training.check_flags(args)
     training.fill_defaults(args, TRAINING[args.preset])
     train(args)

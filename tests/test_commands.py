@@ -227,6 +227,8 @@ def test_a_run_can_be_repeated_from_its_folder(made, tmp_path):
 def test_a_folder_to_repeat_must_be_a_run(made, tmp_path):
     done = run("vae.py", "--from-run", tmp_path / "absent", "--out", tmp_path / "out", expect=2)
     assert "absent: no config.json, expected the folder of a training run" in done.stderr
+    with pytest.raises(BadInput, match="--from-run .*: a training of 'Autoencoder', expected one of 'MSDM'"):
+        in_process("msdm.py", "--from-run", made / "vae", "--out", tmp_path / "out")
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_last_good_state(made, tmp_path):

@@ -261,11 +261,19 @@ def test_other_numbers_of_processes_keep_the_images_of_a_step(tmp_path, capsys):
             run(batch_size, size)
 
 
-def test_a_validation_that_is_not_finite_saves_nothing(tmp_path):
+def test_what_is_not_finite_or_does_not_fit_on_the_disk_replaces_nothing(tmp_path, monkeypatch):
     run, p, opt = saved_run(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(BadInput, match="step 4: the validation loss is nan"):
         run.keep(4, math.nan, None)
+
+    def full_disk(state, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 487040 vs 486928")
+
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="state.pt: cannot be written"):
+        patched.setattr(torch, "save", full_disk)
+        run.save_progress(4, p, opt)
     p["p"].data[0] = torch.inf
     with pytest.raises(BadInput, match="p holds numbers that are not finite"):
         run.save_progress(4, p, opt)
@@ -285,6 +293,9 @@ def test_the_model_card_keeps_what_its_reader_wrote_and_names_no_path(tmp_path):
     card.write_text(text.replace("(not measured yet: metrics.py and judges.py)", "FID 12.5"))
     run.keep(2, 0.25, lambda name: None)
     assert "FID 12.5" in card.read_text() and "Step 2: held-out loss 0.25" in card.read_text()
+    card.write_bytes(card.read_bytes() + b"Lizenz: f\xfcr Lehre")
+    run.keep(3, 0.25, lambda name: None)
+    assert card.read_bytes().endswith(b"Lizenz: f\xfcr Lehre") and b"Step 3" in card.read_bytes()
     card.write_text("my own card")
     run.keep(3, 0.25, lambda name: None)
     assert card.read_text() == "my own card"
