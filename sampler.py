@@ -189,21 +189,32 @@ def claim_folder(out, settings, prompts, seed):
     write_csv(*table)
 
 
-def is_whole(file, expected):
+def is_whole(file, expected, sizes):
     """Whether an image is there and its checksums hold; one that is broken is sampled again.
 
     expected: text chunks; BadInput if a whole image has them with other values: it is another one's copy.
+    sizes: {(width, height): file} of the whole ones, to add to.
     """
     try:
         with Image.open(file, formats=("PNG",)) as img:
             found = {k: img.info.get(k) for k in expected}  # before verify, which spends the file
             img.verify()
+            size = img.size
     except Exception:  # PIL's decoders raise anything
         return False
     if any(found[k] not in (None, v) for k, v in expected.items()):
         raise BadInput(f"{file}: expected the image of seed {expected['seed']} and its prompt, got one of "
                        f"seed {found['seed']}; it is not overwritten: move it away")
+    sizes.setdefault(size, file)
     return True
+
+
+def expect_one_size(sizes):
+    """BadInput for images of several sizes, {(width, height): file}: some were resized where they lie."""
+    if len(sizes) > 1:
+        (one, file), (other, resized) = list(sizes.items())[:2]
+        raise BadInput(f"{resized}: {other[0]} x {other[1]} px, {file.name} has {one[0]} x {one[1]}; images "
+                       "of one folder have one size: move those that were resized away")
 
 
 def image_file(out, i):
@@ -243,8 +254,10 @@ def write_samples(model, prompts, indices, args, request, hashes, is_main):
 
 def write_grid(out, n):
     """The first 64 of n images in a sheet."""
-    shown = [np.asarray(data.open_image(image_file(out, i))).transpose(2, 0, 1) for i in range(min(n, 64))]
-    data.write_grid(out / "grid.png", np.stack(shown))
+    files = [image_file(out, i) for i in range(min(n, 64))]
+    shown = [data.open_image(file) for file in files]
+    expect_one_size({img.size: file for img, file in zip(shown, files, strict=True)})
+    data.write_grid(out / "grid.png", np.stack([np.asarray(img).transpose(2, 0, 1) for img in shown]))
 
 
 def parse(argv):
@@ -404,7 +417,9 @@ def main(argv=None):
         if world.is_main:
             claim_folder(out, settings, prompts, args.seed)
         chunks = ({"seed": str(args.seed + i), "prompt": p} for i, p in enumerate(prompts))
-        missing = [i for i, own in enumerate(chunks) if not is_whole(image_file(out, i), own)]
+        sizes = {}
+        missing = [i for i, own in enumerate(chunks) if not is_whole(image_file(out, i), own, sizes)]
+        expect_one_size(sizes)
     # All processes have looked by now, so they share out the same list.
     write_samples(model, prompts, world.share(missing), args, request, hashes, world.is_main)
     if args.grid:

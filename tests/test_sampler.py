@@ -144,6 +144,18 @@ def test_a_table_of_prompts_that_somebody_went_on_with_is_kept(tmp_path):
     assert table.read_text() == rated
 
 
+@pytest.mark.parametrize("resized", [[1], [0, 1, 2]])
+def test_images_that_were_resized_where_they_lie_are_named(loads, tmp_path, resized):
+    sample(tmp_path / "o", "-n", 4)
+    for i in resized:
+        file = tmp_path / f"o/images/00000{i}.png"
+        with Image.open(file) as img:
+            img.resize((16, 12)).save(file)
+    (tmp_path / "o/images/000003.png").unlink()
+    with pytest.raises(BadInput, match="00000[013].png: .* px, .*move those that were resized away"):
+        sample(tmp_path / "o", "-n", 4, "--grid")
+
+
 def test_two_samplers_in_one_folder_agree_or_one_is_refused(tmp_path):
     """As if both had looked into the empty folder before either wrote."""
     outcomes = []
@@ -424,7 +436,7 @@ def test_a_batch_is_written_while_the_next_one_is_computed(loads, tmp_path, monk
     monkeypatch.setattr(data, "write_image", write_late)
     sample(tmp_path / "o", "-n", 4, "--batch-size", 2)
     assert set(before[:2]) == {"000000.png", "000001.png"}
-    assert all(sampler.is_whole(tmp_path / "o/images" / f"{i:06d}.png", {}) for i in range(4))
+    assert all(sampler.is_whole(tmp_path / "o/images" / f"{i:06d}.png", {}, {}) for i in range(4))
 
 
 def test_a_file_that_cannot_be_written_ends_the_command_and_is_made_by_the_next(loads, tmp_path, monkeypatch):
