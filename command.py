@@ -36,13 +36,17 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 def run_command(main):
     """Run a script's main(): exit status 2 and one line on bad input, 130 on Ctrl-C.
 
-    Bad input is BadInput, or an OSError with a file name or in DISK_ERRORS, or too little memory. Others keep
-    their traceback. A character that the console has not is printed as a question mark.
+    Bad input is BadInput, or an OSError with a file name or in DISK_ERRORS, links in a circle, too little
+    memory, or an argument that is not UTF-8: libraries do not find files of such names, some only after the
+    work. Others keep their traceback. A character that the console has not is printed as a question mark.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        for word in sys.argv[1:]:
+            if any("\ud800" <= c <= "\udfff" for c in word):           # how Python keeps other bytes
+                raise BadInput(f"{word}: expected an argument in UTF-8; rename the file or folder")
         sys.exit(main())
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; training, sampling, experiments go on by the same command", file=sys.stderr)
@@ -57,6 +61,8 @@ def run_command(main):
             raise
         _refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("Symlink loop"):           # of Path.resolve
+            _refuse(f"{error}; remove the link or name another folder")
         if not isinstance(error, MemoryError) and not any(said in str(error) for said in OUT_OF_MEMORY):
             raise
         _refuse(f"out of memory ({reason(error)}); a smaller --batch-size or --size, or in training a larger "

@@ -446,6 +446,9 @@ def image_sets(args, known, quiet):
                        f"got {len(real_paths)}")
     if known and args.real and not quiet:
         print(f"real features come from {args.real_stats}; {args.real} is not read", file=sys.stderr)
+    if real_paths and not quiet and fake_paths[0].parent.samefile(real_paths[0].parent):
+        print(f"{args.real} and {args.fake} are one folder: the figures are of images against themselves",
+              file=sys.stderr)
     smaller = min(len(fake_paths), len(real_paths) or len(fake_paths))
     if args.kid_subset_size is not None and not 2 <= args.kid_subset_size <= smaller:
         raise BadInput(f"expected --kid-subset-size from 2 to {smaller}, the smaller folder, "

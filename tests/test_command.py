@@ -53,3 +53,13 @@ def test_every_file_has_a_floor_in_the_readme_and_imports_only_from_below_or_alo
             imported |= {(file.stem, x) for x in names if (ROOT / f"{x}.py").is_file()}
     assert {f.stem for f in ROOT.glob("*.py")} == floors.keys()
     assert {pair for pair in imported if floors[pair[0]] <= floors[pair[1]]} == arrows
+
+
+def test_arguments_that_are_not_utf_8_and_links_in_a_circle_are_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for real, said in ((b"caf\xe9", "expected an argument in UTF-8"), (b"loop", "Symlink loop|no such")):
+        done = subprocess.run([sys.executable, ROOT / "judges.py", "faithfulness", "--fake", "x", "--real",
+                               real], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert re.fullmatch(f"error: .*(?:{said}).*\n", done.stderr), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["loop"]

@@ -4,6 +4,7 @@ the real images."""
 from command import BadInput
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -361,6 +362,17 @@ def test_rows_that_contradict_each_other_leave_their_image_out_in_any_order(tmp_
     names = {r.name for r in data.read_folder(out)}
     assert "of-polyps.jpg" not in names and "of-hemorrhoids.jpg" in names
     assert "1 images whose folder and row name different classes: polyps, cecum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [b" a.jpg", b"caf\xe9.jpg", b"a\nb.jpg"])
+def test_names_that_no_table_can_hold_are_refused_before_anything_is_written(tmp_path, name):
+    src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
+    image().save(src / "lower-gi-tract/pathological-findings/polyps/x.jpg")
+    (src / "lower-gi-tract/pathological-findings/polyps/x.jpg").rename(
+        src / "lower-gi-tract/pathological-findings/polyps" / os.fsdecode(name))
+    with pytest.raises(BadInput, match="expected a file name in UTF-8, without"):
+        kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_captions_that_somebody_wrote_are_kept(tmp_path):

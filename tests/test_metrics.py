@@ -588,6 +588,15 @@ def test_images_in_subfolders_are_mentioned(folders, capsys):
     assert f"{folders / 'real/images'}: 2 images in subfolders not read\n" in capsys.readouterr().err
 
 
+def test_images_against_themselves_are_said_to_be(folders, capsys):
+    (folders / "real").rename(folders / "given")
+    for linked, said in (("fake", 1), ("given", 0)):
+        (folders / "real").symlink_to(folders / linked)
+        assert (command(folders)["fid"] < 1e-9) == said
+        assert capsys.readouterr().err.count("are one folder: the figures are of images") == said
+        (folders / "real").unlink()
+
+
 def test_bad_folders_are_named_in_one_line(folders, capsys):
     fake, real = folders / "fake" / "images", folders / "real" / "images"
 
