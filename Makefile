@@ -12,7 +12,7 @@ PY       := .venv/bin/python
 PHANTOM  := data/phantom/prompt-gt.csv
 SMALL    := data/phantom-small/prompt-gt.csv
 OTHERS   := data/phantom-others/prompt-gt.csv
-JUDGED   := data/phantom-judge/prompt-gt.csv
+JUDGED   := data/phantom-judges/prompt-gt.csv
 INSTALL  := .venv/installed
 OUT_MSDM := $${OUT:-runs/msdm}
 OUT22    := $${OUT:-runs/kandinsky22}
@@ -42,7 +42,7 @@ $(OTHERS): | $(INSTALL)
 
 # For a judge: it can tell three polyps only if it has seen four.
 $(JUDGED): | $(INSTALL)
-	$(PY) phantom.py --out data/phantom-judge --n 6000 --size 64 --seed 2 --max-polyps 8
+	$(PY) phantom.py --out data/phantom-judges --n 6000 --size 64 --seed 2 --max-polyps 8
 
 phantom: $(PHANTOM)  ## render the built-in data: 8,000 phantoms
 
@@ -85,7 +85,7 @@ faithfulness: $(INSTALL) $(JUDGED)  ## what images of CKPT show of what they wer
 	$(PY) judges.py prompts --out $(EVAL).csv
 	$(PY) sampler.py --ckpt "$${CKPT:-$(OUT_MSDM)/best.safetensors}" --prompts $(EVAL).csv --seed 10000 --solver dpmpp --steps 20 \
 	  --out "$${SAMPLES:-$(EVAL)}"
-	$(PY) judges.py faithfulness --real data/phantom-judge --fake "$${SAMPLES:-$(EVAL)}" $(FLAGS)
+	$(PY) judges.py faithfulness --real data/phantom-judges --fake "$${SAMPLES:-$(EVAL)}" $(FLAGS)
 
 metrics: $(INSTALL)  ## FID, precision, recall and more of FAKE against REAL (WEIGHTS=FILE or rule)
 	$(call needs,REAL,FOLDER)
@@ -174,7 +174,7 @@ LENGTH = $${STEPS:+--steps "$$STEPS"}
 
 ablation: $(INSTALL) $(if $(DATA),,$(PHANTOM) $(OTHERS) $(JUDGED))  ## MSDM's ablations, three seeds: hours on a CPU, in the background
 	$(PY) experiments.py ablation --preset "$$PRESET" --data "$${DATA:-data/phantom}" --real "$${REAL:-$${DATA:-data/phantom-others}}" \
-	  $(if $(DATA),,--judge data/phantom-judge) --out "$${OUT:-runs/ablation}" $${VAE:+--vae "$$VAE"} $(LENGTH) $(SPACE)
+	  $(if $(DATA),,--judge data/phantom-judges) --out "$${OUT:-runs/ablation}" $${VAE:+--vae "$$VAE"} $(LENGTH) $(SPACE)
 
 TINY_TABLE = $(if $(PRIOR),,--steps 50 --training="--size 64 --batch-size 16 --lr 1e-3 --log-every 25 --save-every 25" \
   --sampling="--size 64 --steps 10 --solver dpmpp")
@@ -220,9 +220,9 @@ bench: $(INSTALL)  ## speed and memory of networks, trainings, sampling and metr
 	$(PY) tests/bench.py
 
 clean:  ## remove the built-in data, but no run, no image and not the installation
-	rm -rf data/phantom data/phantom-small data/phantom-others data/phantom-judge .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf data/phantom data/phantom-small data/phantom-others data/phantom-judges .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help phantom demo train-vae train-msdm train-kandinsky22 train-kandinsky3 paper-kandinsky22 try-kandinsky22 try-kandinsky3 sample \
   ablation table1 table2 table3 submission \
-  metrics report test test-first-half test-second-half test-kill test-fuzz bench clean
+  faithfulness metrics report test test-first-half test-second-half test-kill test-fuzz bench clean
 .DEFAULT_GOAL := help

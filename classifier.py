@@ -80,12 +80,15 @@ def from_line(line: dict) -> dict:
 KNOWN = {"procedure": ATTRIBUTES["procedure"][1], "box": (False, True), "text": (False, True),
          "abnormality_cells": prompts.CELLS, "colors": prompts.COLORS, "sizes": prompts.SIZES,
          "paris": prompts.PARIS}
+LISTED = ("abnormality_cells", "colors", "sizes", "paris")
 
 
 def unknown_value(attributes: dict):
-    """What a line's attributes hold that is no value of them, in words, or None."""
+    """What a line's attributes hold that is no value of them, in words, or None. A null of one that has a
+    single value means that it is not known."""
     for key, known in KNOWN.items():
-        values = attributes[key] if isinstance(attributes[key], list) else [attributes[key]]
+        value = attributes[key]
+        values = [] if value is None else value if key in LISTED else [value]
         if wrong := [value for value in values if value not in known]:
             return f"{key} {wrong[0]!r:.60}, expected {', '.join(map(str, known))}"
     return None

@@ -45,8 +45,11 @@ def run_command(main):
             stream.reconfigure(errors="replace")
     try:
         for word in sys.argv[1:]:
-            if any("\ud800" <= c <= "\udfff" for c in word):           # how Python keeps other bytes
-                raise BadInput(f"{word}: expected an argument in UTF-8; rename the file or folder")
+            try:
+                os.fsencode(word).decode("utf-8")
+            except UnicodeError:
+                raise BadInput(f"{word}: expected UTF-8; rename the file or folder, or write the text "
+                               "anew") from None
         sys.exit(main())
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; training, sampling, experiments go on by the same command", file=sys.stderr)

@@ -24,7 +24,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def _is_running(pid):
 
 
 def read_json(path):
-    """The object in a JSON file, as a dict; BadInput for anything else, a key that stands there twice too."""
+    """The object in a JSON file, as a dict; BadInput for anything else, or a key with two values."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
@@ -137,7 +136,7 @@ def refuse_other_rows(path, header, rows, delimiter=","):
             there = list(csv.reader(f, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error):
         there = None
-    if there != [list(header), *([str(field) for field in row] for row in rows)]:
+    if there is None or [row for row in there if row] != [list(header), *([str(x) for x in r] for r in rows)]:
         raise BadInput(f"{path}: holds other rows than this command writes, edited or of other settings; "
                        "they are kept: give another --out, or move the file away and run the command again")
 
@@ -160,9 +159,10 @@ def json_line(path, row, text):
 
 
 def once_each(pairs):
-    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+    found = dict(pairs)
+    if twice := [key for key, value in pairs if value is not found[key] and value != found[key]]:   # a NaN is
         raise ValueError(f"the key {twice[0]!r} stands there twice")
-    return dict(pairs)
+    return found
 
 
 def write_json(path, value):

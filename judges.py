@@ -10,7 +10,7 @@ memorisation   copies of training images among the generated (copies.py), each o
 
     python judges.py prompts --out prompts.csv
     python sampler.py --ckpt runs/msdm/best.safetensors --prompts prompts.csv --out out/faithfulness
-    python judges.py faithfulness --real data/phantom-judge --fake out/faithfulness
+    python judges.py faithfulness --real data/phantom-judges --fake out/faithfulness
     python judges.py usefulness --real data/phantom-others --fake out/msdm
     python judges.py memorisation --train data/phantom --held-out data/phantom-others --fake out/msdm
 """
@@ -458,7 +458,8 @@ def parse(argv):
                    "not the folder's own")
     p.add_argument("--weights", help='Inception, not thumbnails, as features: a weights file or "published"')
     p.add_argument("--sheet", type=Path, help="image file of the closest pairs; unset, closest.png by --fake")
-    p.add_argument("--pairs", type=int, default=24, help="number of closest pairs to show, at most 1000")
+    p.add_argument("--pairs", type=int, default=24,
+                   help="number of closest pairs in --json and, up to 1000, on the sheet")
     p = command(write_prompts, "prompts", "write the evaluation prompts of faithfulness as a csv file")
     p.add_argument("--out", type=Path, required=True, help="csv file to write, column Prompt")
     p.add_argument("--per-value", type=int, default=20, help="number of prompts for each value")
@@ -471,8 +472,7 @@ def parse(argv):
         if getattr(args, "sheet", None) and args.sheet.suffix.lower() not in data.SUFFIXES:
             raise BadInput(f"--sheet {args.sheet}: expected a name that ends in {', '.join(data.SUFFIXES)}")
         check_range(args, -2**63, 2**64 - 1, "seed")
-        check_range(args, 1, 1000, *["pairs"] * ("pairs" in args))  # a JPEG ends at 65,535 rows of pixels
-    at_least_one(args, *(name for name in ("steps", "per_value") if name in args))
+    at_least_one(args, *(name for name in ("steps", "pairs", "per_value") if name in args))
     if args.command == "prompts" and args.out.suffix.lower() == ".txt":
         raise BadInput(f"--out {args.out}: a .txt is read as one prompt a line, this is a table; name a .csv")
     return args

@@ -32,6 +32,7 @@ from tables import interval, print_table, wilson, write_table
 # seldom above 0.7; phantoms, whose drawn surfaces are alike, 0.44 (tests/planted_copies.py, docs/results.md).
 OF_HELD_OUT, COPY = 0.8, 0.7
 SHOWN = 20              # copies that are named on the screen
+MOST_SHOWN = 1000       # pairs on the sheet: a JPEG ends at 65,535 rows of pixels
 FEWEST = 20             # images below which none too close says little: the interval of 0 of 19 ends at 0.17
 DESCRIPTION = 0x010E    # the EXIF tag ImageDescription, in PNG and JPEG alike
 SHEET = "judges.py memorisation: closest pairs"
@@ -89,7 +90,8 @@ def memorisation(args):
         labels = [*(f"copy, residual {c['residual']:.3g}" for c in copied),
                   *(f"ratio {p['ratio']:.3g}" for p in pairs)][:args.pairs]
         write_pairs(sheet, shown, labels)
-        print(f"{len(shown)} pairs, copies first, then the closest, generated left, training right: {sheet}")
+        print(f"{min(len(shown), MOST_SHOWN)} pairs, copies first, then the closest, generated left, "
+              f"training right: {sheet}")
     else:
         print(f"no sheet of pairs: {sheet} cannot be written; name another file with --sheet",
               file=sys.stderr)
@@ -239,12 +241,17 @@ def as_in_training(folder, captions=None):
     """(records to train on, those held out): as a training divides the images that its captions name.
 
     Any other image is one to train on: nobody knows what it was used for, and a copy of it must not pass.
-    Without a captions file all images are divided.
+    Where no captions can be read all images are divided, which a line says unless it is a plain folder.
     """
     records = image_records(folder)
-    if not (captions or any(folder.glob("*.csv")) or (folder / "metadata.jsonl").is_file()):
+    try:
+        captioned = data.read_folder(folder, captions)
+    except BadInput as error:
+        if captions:
+            raise
+        if (folder / "images").is_dir():
+            print(f"all images of {folder} are divided, with a prompt or without: {error}", file=sys.stderr)
         return data.split(records)
-    captioned = data.read_folder(folder, captions)
     named = {r.name for r in captioned}
     if others := [r for r in records if r.name not in named]:
         print(f"{folder}: {len(others)} of {len(records)} images have no prompt; they count as images to "
@@ -292,7 +299,9 @@ def nearest(a, b, skip_self=False, chunk=1024):
 
 
 def write_pairs(path, pairs, labels, side=128, columns=4, gap=6, line=14):
-    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a label below each."""
+    """Pairs of uint8 images (3, h, w) side by side in one image file, closest first, a label below each; no
+    more than MOST_SHOWN."""
+    pairs, labels = pairs[:MOST_SHOWN], labels[:MOST_SHOWN]
     rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (2 * side + gap) + gap, rows * (side + line + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)

@@ -437,6 +437,8 @@ def image_sets(args, known, quiet):
             say_nested(folder)
     fake_paths = image_files(args.fake, quiet)
     real_paths = [] if known else image_files(args.real, quiet)
+    if gone := [p for p in (*fake_paths, *real_paths) if not p.exists()]:
+        raise BadInput(f"{gone[0]}: no such image, a link that leads nowhere")
     least, why = ((SPLITS, "one a split of the Inception Score") if args.features == "inception" else
                   (K + 1, "k + 1 for recall"))
     if len(fake_paths) < least:

@@ -266,7 +266,9 @@ class Run:
         with replacing(self.state_file) as tmp:
             try:
                 torch.save(state, tmp)
-            except RuntimeError as error:                   # what torch says of a full disk
+            except RuntimeError as error:
+                if "inline_container" not in str(error):    # torch's file writer, where the disk is full
+                    raise
                 raise BadInput(f"{self.state_file}: cannot be written, is the disk full? "
                                f"({reason(error):.100})") from None
 

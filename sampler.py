@@ -183,10 +183,14 @@ def claim_folder(out, settings, prompts, seed):
         check_folder(out, settings)  # by now another sampler may have claimed it
     remove_unfinished(out, "config.json", "prompts.csv", "grid.png", "t5-*.safetensors")
     remove_unfinished(out / "images", "[0-9]*.png")
-    table = out / "prompts.csv", ("Filename", "Prompt", "Seed"), [
+    refuse_other_rows(*table(out, prompts, seed))
+    write_csv(*table(out, prompts, seed))
+
+
+def table(out, prompts, seed):
+    """(file, header, rows) of prompts.csv."""
+    return out / "prompts.csv", ("Filename", "Prompt", "Seed"), [
         (f"{i:06d}.png", p, seed + i) for i, p in enumerate(prompts)]
-    refuse_other_rows(*table)
-    write_csv(*table)
 
 
 def is_whole(file, expected, sizes):
@@ -398,6 +402,7 @@ def main(argv=None):
                 "image_weight": args.image_weight}
     asked = {k: getattr(args, k) for k in OWN if getattr(args, k) is not None}
     check_folder(out, settings | asked)  # before files are hashed, then before weights are loaded
+    refuse_other_rows(*table(out, prompts, args.seed))
     world = training.start("cpu")  # gloo, whatever --device is: the processes only wait for each other
     with world.together():
         load, hashes = find_model(args)

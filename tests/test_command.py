@@ -57,7 +57,7 @@ def test_every_file_has_a_floor_in_the_readme_and_imports_only_from_below_or_alo
 
 def test_arguments_that_are_not_utf_8_and_links_in_a_circle_are_one_line(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    for real, said in ((b"caf\xe9", "expected an argument in UTF-8"), (b"loop", "Symlink loop|no such")):
+    for real, said in ((b"caf\xe9", "expected UTF-8; rename"), (b"loop", "Symlink loop|no such")):
         done = subprocess.run([sys.executable, ROOT / "judges.py", "faithfulness", "--fake", "x", "--real",
                                real], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "Traceback" not in done.stderr

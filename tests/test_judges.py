@@ -593,6 +593,19 @@ def test_what_a_training_saw_is_divided_as_the_training_divides_it(toy, tmp_path
         run("memorisation", train=tmp_path, held_out=toy / "other", fake=toy / "fake", captions=file)
 
 
+@pytest.mark.parametrize("name, said", [("labels.csv", False), ("images/x", True), ("metadata.jsonl", False)])
+def test_without_captions_all_images_are_divided(toy, tmp_path, capsys, name, said):
+    place = tmp_path / "images" if said else tmp_path
+    place.mkdir(exist_ok=True)
+    for record in data.read_folder(toy / "real")[:40]:
+        shutil.copy(record.path, place)
+    (tmp_path / "labels.csv").write_text("id,age\n1,60\n")
+    (tmp_path / name).write_text("x")
+    train, held_out = memorisation.as_in_training(tmp_path)
+    assert (len(train), len(held_out)) == (36, 4)
+    assert ("are divided, with a prompt or without: " in capsys.readouterr().err) == said
+
+
 def test_links_to_nowhere_are_unreadable_images(toy, tmp_path):
     shutil.copytree(toy / "real", tmp_path / "real")
     for i in range(20):
@@ -747,11 +760,11 @@ def test_the_sheet_is_no_image_of_a_plain_folder(tmp_path, monkeypatch):
     assert memorisation.default_sheet(Path()) == tmp_path / "images-closest.png"
 
 
-def test_more_pairs_than_a_jpeg_holds_and_prompts_in_a_txt_file_are_refused(toy, tmp_path):
-    with pytest.raises(BadInput, match="--pairs 1001: .* up to 1000"):
-        run("memorisation", train=toy / "real", fake=toy / "fake", pairs=1001)
-    memorisation.write_pairs(tmp_path / "s.jpg", [(torch.zeros(3, 8, 8).byte(),) * 2] * 1000, ["x"] * 1000)
-    with pytest.raises(BadInput, match="--out .*p.txt: a .txt file is read as"):
+def test_more_pairs_than_a_jpeg_holds_are_cut_and_prompts_in_a_txt_file_refused(toy, tmp_path):
+    memorisation.write_pairs(tmp_path / "s.jpg", [(torch.zeros(3, 8, 8).byte(),) * 2] * 2000, ["x"] * 2000)
+    with Image.open(tmp_path / "s.jpg") as img:
+        assert img.height == 6 + memorisation.MOST_SHOWN / 4 * (128 + 14 + 6)
+    with pytest.raises(BadInput, match="--out .*p.txt: a .txt is read as one prompt a line"):
         judges.main(["prompts", "--out", str(tmp_path / "p.txt")])
 
 
@@ -769,7 +782,7 @@ def test_a_row_of_attributes_that_cannot_be_used_is_one_line(tmp_path, row):
 
 @pytest.mark.parametrize("key, wrong, said", [
     ("file_name", "a.png", "a.png stands there twice"),
-    ("box", "yes", "box 'yes', expected False, True"),
+    ("box", "yes", "box 'yes', expected False, True"), ("box", [True], "box [True], expected False, True"),
     ("procedure", "Colonoscopy", "procedure 'Colonoscopy', expected colonoscopy, gastroscopy"),
     ("cells", ["Center"], "abnormality_cells 'Center', expected upper-left, "),
     ("size", "5-10 mm", "sizes '5-10 mm', expected < 5mm, "), ("size", None, "sizes None, expected"),
@@ -780,7 +793,7 @@ def test_attributes_that_contradict_or_are_no_values_are_refused(tmp_path, key, 
             "box": False, "text": True}
     other = line | ({"polyps": [polyp | {key: wrong}]} if key in polyp else {key: wrong})
     path = tmp_path / "attributes.jsonl"
-    path.write_text("\n".join(map(json.dumps, (line | {"file_name": "a.png"}, line))))
+    path.write_text("\n".join(map(json.dumps, (line | {"file_name": "a.png", "text": None}, line))))
     assert list(classifier.read_attributes(tmp_path)) == ["a.png", "b.png"]
     path.write_text("\n".join(map(json.dumps, (line | {"file_name": "a.png"}, other))))
     with pytest.raises(BadInput, match=f"attributes.jsonl, row 2: {re.escape(said)}"):

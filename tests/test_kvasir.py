@@ -307,7 +307,7 @@ HEAD = "img_id,question,answer\n"
     (lambda src: (src / "metadata.csv").rename(src / "t.jsonl"), "t.jsonl, row 1: not JSON"),
     (lambda src: (src / "c.json").write_text('{"a": ["red"]}'), "c.json, 'a': expected {img_id"),
     (lambda src: (src / "c.json").write_text('{"a": {"b": [1]}}'), "c.json, 'a', 'b': expected {img_id"),
-    (lambda src: (src / "c.json").write_text('{"a": {}, "a": {}}'), "c.json: .*'a' stands there twice"),
+    (lambda src: (src / "c.json").write_text('{"a": {}, "a": 1}'), "c.json: .*'a' stands there twice"),
 ])
 def test_vqa_refuses_before_it_writes(tmp_path, break_it, message):
     src, out = vqa_folder(tmp_path / "src", [("x", "Is there text?", "no", "a")]), tmp_path / "out"
@@ -368,8 +368,11 @@ def test_rows_that_contradict_each_other_leave_their_image_out_in_any_order(tmp_
 def test_names_that_no_table_can_hold_are_refused_before_anything_is_written(tmp_path, name):
     src, out = hyper_folder(tmp_path / "src"), tmp_path / "out"
     image().save(src / "lower-gi-tract/pathological-findings/polyps/x.jpg")
-    (src / "lower-gi-tract/pathological-findings/polyps/x.jpg").rename(
-        src / "lower-gi-tract/pathological-findings/polyps" / os.fsdecode(name))
+    try:
+        (src / "lower-gi-tract/pathological-findings/polyps/x.jpg").rename(
+            src / "lower-gi-tract/pathological-findings/polyps" / os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system has no such names")
     with pytest.raises(BadInput, match="expected a file name in UTF-8, without"):
         kvasir.main(["hyper", "--src", str(src), "--out", str(out)])
     assert not out.exists()

@@ -41,7 +41,7 @@ def test_faithfulness_samples_what_it_judges_by_phantoms_that_nothing_else_uses(
     assert prompts == "judges.py prompts --out out/faithfulness.csv"
     assert sampled == ("sampler.py --ckpt some $file --prompts out/faithfulness.csv --seed 10000 "
                        "--solver dpmpp --steps 20 --out out/faithfulness")
-    assert judged == "judges.py faithfulness --real data/phantom-judge --fake out/faithfulness --json t"
+    assert judged == "judges.py faithfulness --real data/phantom-judges --fake out/faithfulness --json t"
     drawn = re.findall(r"phantom\.py .*--seed (\d+)( --max-polyps 8)?", (ROOT / "Makefile").read_text())
     assert sorted(drawn) == [("0", ""), ("0", ""), ("1", ""), ("2", " --max-polyps 8")]
 
@@ -49,7 +49,7 @@ def test_faithfulness_samples_what_it_judges_by_phantoms_that_nothing_else_uses(
 def test_the_experiments_run_on_built_in_data_unless_values_are_given():
     said = made_commands("ablation")
     assert said[-1] == ("experiments.py ablation --preset tiny --data data/phantom --real "
-                        "data/phantom-others --judge data/phantom-judge --out runs/ablation")
+                        "data/phantom-others --judge data/phantom-judges --out runs/ablation")
     said = made_commands("ablation", "DATA=some $folder", "PRESET=paper", "STEPS=20", "FLAGS=--seeds 2")
     assert said == ["experiments.py ablation --preset paper --data some $folder --real some $folder --out "
                     "runs/ablation --steps 20 --seeds 2"]
