@@ -16,6 +16,7 @@ from PIL import Image
 from files import read_json, refuse_pointer
 from weights import HALF, check_finite, listed, refuse_pickles
 
+MOST_EXTRA = 10_000     # tokens that a T5 tokenizer adds to its vocabulary; the published ones add 100
 VOCABULARIES = ("tokenizer.json",), ("vocab.json", "merges.txt"), ("*.model",)  # files of tokenizers
 
 
@@ -34,6 +35,10 @@ def check_files(folder, is_tokenizer):
     elif not any(all(any(folder.glob(name)) for name in names) for names in VOCABULARIES):
         raise BadInput(f"{folder}: no vocabulary, expected tokenizer.json, or vocab.json and merges.txt, or "
                        "spiece.model: download the model again")
+    elif (file := folder / "tokenizer_config.json").is_file():
+        extra = read_json(file).get("extra_ids") or 0
+        if not isinstance(extra, int) or not 0 <= extra <= MOST_EXTRA:  # transformers makes them one by one
+            raise BadInput(f"{file}: extra_ids is {extra!r:.60}, expected a number up to {MOST_EXTRA}")
 
 
 def load_transformer(cls, folder, dtype=None, pads=True):

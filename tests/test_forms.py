@@ -320,6 +320,7 @@ LFS = "a git-lfs pointer instead of the file: run `git lfs pull`"
        "tokenizer there, as published: download") for kind, folder in (("2.2", "prior"), ("3", "3"))),
     ("2.2", "prior/tokenizer/merges.txt", without_merges, "no vocabulary, expected tokenizer.json, "
      "or vocab.json and merges.txt, or spiece.model: download"),
+    ("3", "3/tokenizer/tokenizer_config.json", setting(extra_ids=2**31), "extra_ids is 2147483648, expected"),
 ])
 def test_what_is_not_read_is_named_in_one_line(kind, file, change, said, folders):
     change(folders / file)
