@@ -337,7 +337,7 @@ def classifier_of(folder, records, images, labels, args):
 
     Another one in a file that the user named is BadInput; in the default file it is replaced.
     """
-    file = args.classifier or default_file(folder, args.size, getattr(args, "mirror", None))
+    file = file_of(folder, args)
     made_of, ours = made_from(folder, records, args)
     if Path(file).is_file():
         if (other := other_than(made_of, file)) is None:
@@ -370,6 +370,11 @@ def is_judge(path):
         return load_metadata(path).get("kind") == "judge"
     except (BadInput, OSError):
         return False
+
+
+def file_of(folder, args):
+    """The classifier's file that the flags name, else the default one of a data folder."""
+    return args.classifier or default_file(folder, args.size, getattr(args, "mirror", None))
 
 
 def default_file(folder, size, mirror=None):

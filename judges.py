@@ -41,7 +41,7 @@ from classifier import (
     cannot_judge,
     classifier_of,
     count_value,
-    default_file,
+    file_of,
     is_judge,
     merge,
     predict,
@@ -493,8 +493,7 @@ def main(argv=None):
 def check_outputs(args):
     """BadInput where a file of a flag, or its default, would replace one of another kind."""
     command = args.command
-    classifier = (args.classifier or default_file(args.real, args.size, getattr(args, "mirror", None))
-                  ) if "classifier" in args else None
+    classifier = file_of(args.real, args) if "classifier" in args else None
     sheet = (args.sheet or default_sheet(args.fake)) if "sheet" in args else None
     check_replaced(
         out=(getattr(args, "out", None), "a file of judges.py prompts", is_prompts),

@@ -406,7 +406,7 @@ def check_out(src, out, images):
 def write_folder(out, found, terms, left_out=None):
     """Copy images and write their prompts, {path: [prompt, ...]}; print what was found and left out."""
     rows = [(prompt, path.name) for path, own in found.items() for prompt in own]
-    for name in {name for _, name in rows}:
+    for name in (path.name for path in found):
         if name != name.strip() or any(c in "\r\n" or "\ud800" <= c <= "\udfff" for c in name):
             raise BadInput(f"{name!r}: expected a file name in UTF-8, without line breaks or spaces around; "
                            "rename the image")

@@ -183,8 +183,9 @@ def claim_folder(out, settings, prompts, seed):
         check_folder(out, settings)  # by now another sampler may have claimed it
     remove_unfinished(out, "config.json", "prompts.csv", "grid.png", "t5-*.safetensors")
     remove_unfinished(out / "images", "[0-9]*.png")
-    refuse_other_rows(*table(out, prompts, seed))
-    write_csv(*table(out, prompts, seed))
+    own = table(out, prompts, seed)
+    refuse_other_rows(*own)
+    write_csv(*own)
 
 
 def table(out, prompts, seed):
